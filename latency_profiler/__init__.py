@@ -1,0 +1,1 @@
+"""What is a structure, and what does it cost on which device?"""

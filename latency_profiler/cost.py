@@ -1,0 +1,139 @@
+"""What a structure costs in arithmetic and storage.
+
+FLOPs are multiply-adds of convolutions and linear layers for one image: one multiply-add counts one, nothing else
+counts (the convention of the published numbers; MobileNetV1 has 568,740,352). The authors of MetaPruning constrain
+their searches by another count, `authors_flops`, which adds what their `cal_FLOPs.py` sees.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from latency_profiler.layers import Activation, Layer, Op
+from latency_profiler.spaces.space import Slot, Space
+
+Ints = npt.NDArray[np.int64]
+
+
+class Metric(StrEnum):
+    """What a constraint bounds."""
+
+    FLOPS = "flops"
+    PARAMETERS = "parameters"
+    LATENCY = "latency"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Bounds on one metric: multiply-adds, parameters, or seconds on a device."""
+
+    metric: Metric
+    maximum: float
+    minimum: float = 0.0
+    device: str | None = None
+
+    def allows(self, value: float) -> bool:
+        """Whether a value lies inside the bounds."""
+        return self.minimum <= value <= self.maximum
+
+
+def layer_flops(layer: Layer) -> int:
+    """Multiply-adds of one layer for one image."""
+    outputs = layer.c_out * layer.out_size**2
+    match layer.op:
+        case Op.CONV:
+            return outputs * layer.c_in * layer.kernel**2
+        case Op.DEPTHWISE:
+            return outputs * layer.kernel**2
+        case Op.LINEAR:
+            return layer.c_in * layer.c_out
+        case _:
+            return 0
+
+
+def layer_parameters(layer: Layer) -> int:
+    """Trained numbers of one layer: weights, batch norm's scale and shift, a linear layer's bias."""
+    norm = 2 * layer.c_out if layer.norm else 0
+    match layer.op:
+        case Op.CONV:
+            return layer.c_out * layer.c_in * layer.kernel**2 + norm
+        case Op.DEPTHWISE:
+            return layer.c_out * layer.kernel**2 + norm
+        case Op.LINEAR:
+            return layer.c_out * (layer.c_in + 1)
+        case _:
+            return 0
+
+
+def flops(layers: Sequence[Layer]) -> int:
+    """Multiply-adds of convolutions and linear layers for one image."""
+    return sum(map(layer_flops, layers))
+
+
+def parameters(layers: Sequence[Layer]) -> int:
+    """Trained numbers of a network."""
+    return sum(map(layer_parameters, layers))
+
+
+def authors_flops(space: Space, channels: Sequence[int]) -> int:
+    """The count that MetaPruning's own search is constrained by (`cal_FLOPs.py`).
+
+    Multiply-adds, the classifier's bias, every element that enters a batch norm, a max or average pooling's window
+    sizes, and the elements of ReLU *modules* (ReLUs called as functions, as in the MobileNets, are not seen; nor are
+    adaptive poolings and additions).
+    """
+    total = 0
+    for layer in space.layers(channels):
+        elements = layer.c_out * layer.out_size**2
+        total += layer_flops(layer) + (elements if layer.norm else 0)
+        total += layer.c_out if layer.op is Op.LINEAR else 0
+        total += elements if space.counts_relu and layer.activation is not Activation.NONE else 0
+        if layer.op is Op.MAX_POOL or (layer.op is Op.GLOBAL_POOL and space.counts_global_pool):
+            total += elements * layer.kernel**2
+    return total
+
+
+class CostModel:
+    """FLOPs and parameters of many structures of one space at once.
+
+    Both are `a * c_in * c_out + b * c_out` for every layer; a and b are read off `layer_flops` and
+    `layer_parameters`, so there is one definition of each. Letters: n structures, s slots.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._slots = [(unit.source, unit.target, unit.features) for unit in space.units]
+        layers = space.layers([slot.base for slot in space.slots])
+        self._flops = [_coefficients(layer, layer_flops) for layer in layers]
+        self._parameters = [_coefficients(layer, layer_parameters) for layer in layers]
+
+    def flops(self, channels: Ints) -> Ints:
+        """Multiply-adds (n,) of channels (n, s)."""
+        return self._sum(channels, self._flops)
+
+    def parameters(self, channels: Ints) -> Ints:
+        """Trained numbers (n,) of channels (n, s)."""
+        return self._sum(channels, self._parameters)
+
+    def _sum(self, channels: Ints, coefficients: list[tuple[int, int]]) -> Ints:
+        total = np.zeros(len(channels), dtype=np.int64)
+        for (source, target, features), (a, b) in zip(self._slots, coefficients, strict=True):
+            c_out = widths(target, channels)
+            total += (a * features * widths(source, channels) + b) * c_out
+        return total
+
+
+def widths(slot: Slot, channels: Ints) -> Ints:
+    """One slot's widths (n,) in channels (n, s)."""
+    if slot.index is None:
+        return np.full(len(channels), slot.base, dtype=np.int64)
+    return channels[:, slot.index]
+
+
+def _coefficients(layer: Layer, count: Callable[[Layer], int]) -> tuple[int, int]:
+    """a and b of `count` = a * c_in * c_out + b * c_out."""
+    one = count(replace(layer, c_in=1, c_out=1))
+    a = count(replace(layer, c_in=2, c_out=1)) - one
+    return a, one - a

@@ -1,0 +1,112 @@
+"""Every error that a caller can decide about.
+
+    SecateursError
+    ├── InvalidInput                 the caller's mistake; the message says what would be right
+    │   ├── UnknownSpace
+    │   ├── InvalidEncoding
+    │   ├── InvalidChannels
+    │   └── InvalidDataset
+    ├── InfeasibleConstraint         no structure of the space satisfies the budget
+    ├── MissingLatencies             a lookup table lacks layers that were asked for
+    ├── MeasurementFailed            a layer could not be measured; the reason is data
+    ├── RuntimeUnavailable           the runtime's package is not installed
+    └── ServiceError                 the service answered with a problem document
+        └── ServiceUnreachable       it did not answer at all
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class SecateursError(Exception):
+    """Base of all errors that Secateurs raises on purpose."""
+
+
+class InvalidInput(SecateursError):
+    """A value that the caller gave cannot be used."""
+
+
+class UnknownSpace(InvalidInput):
+    """No search space has this name."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name, self.known = name, tuple(known)
+        super().__init__(f"unknown space {name!r}; known spaces: {', '.join(known)}")
+
+
+class InvalidEncoding(InvalidInput):
+    """An encoding has the wrong length or a gene outside its choices."""
+
+
+class InvalidChannels(InvalidInput):
+    """Channel numbers that the space cannot hold."""
+
+
+class InvalidDataset(InvalidInput):
+    """A dataset that cannot be read safely or at all."""
+
+
+class InfeasibleConstraint(SecateursError):
+    """No structure satisfies a constraint.
+
+    Attributes:
+        metric: what is constrained.
+        asked: the bound that was asked for, in the metric's unit.
+        smallest, largest: the range that the space can reach, in the same unit.
+    """
+
+    def __init__(self, metric: str, asked: float, smallest: float, largest: float, device: str | None = None) -> None:
+        self.metric, self.asked, self.smallest, self.largest, self.device = metric, asked, smallest, largest, device
+        where = f" on {device}" if device else ""
+        super().__init__(
+            f"no structure has {metric} within {asked:g}{where}: the space reaches from {smallest:g} to {largest:g}"
+        )
+
+
+class MissingLatencies(SecateursError):
+    """A lookup table cannot price these layers.
+
+    Attributes:
+        keys: keys of the layers that are neither measured nor inside a measured grid.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = tuple(keys)
+        shown = ", ".join(self.keys[:3]) + (f" and {len(self.keys) - 3} more" if len(self.keys) > 3 else "")
+        super().__init__(f"the lookup table lacks {len(self.keys)} layers: {shown}; profile the space on this device")
+
+
+class MeasurementFailed(SecateursError):
+    """A layer or network could not be measured on this device."""
+
+
+class RuntimeUnavailable(SecateursError):
+    """The package of a runtime is not installed.
+
+    Attributes:
+        runtime: the runtime's name, also the name of the extra that installs it.
+    """
+
+    def __init__(self, runtime: str, reason: str) -> None:
+        self.runtime = runtime
+        super().__init__(f"runtime {runtime!r} is not available ({reason}); install it with: pip install 'secateurs[{runtime}]'")
+
+
+class ServiceError(SecateursError):
+    """The service refused a request.
+
+    Attributes:
+        status: HTTP status.
+        problem: the RFC 9457 problem document, as a dict.
+    """
+
+    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+        self.status, self.problem = status, problem
+        super().__init__(str(problem.get("detail") or problem.get("title") or f"HTTP {status}"))
+
+
+class ServiceUnreachable(ServiceError):
+    """The service did not answer."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(503, {"title": "unreachable", "detail": f"no answer from {url}: {reason}; is `secateurs up` running?"})

@@ -1,0 +1,311 @@
+"""The lookup table of one device: layer → seconds, and the price of whole networks.
+
+A network is priced as `overhead + slope * sum of its layers`. Overhead and slope are fitted per space from whole
+networks that the device measured (`Fit`); without a fit they are 0 and 1. A layer that was not measured is
+interpolated bilinearly inside the smallest measured cell of its family around it, and marked; nothing is
+extrapolated. All times are seconds.
+"""
+
+import csv
+import io
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latency_profiler.cost import Ints
+from latency_profiler.errors import InvalidInput, MissingLatencies
+from latency_profiler.layers import Layer
+from latency_profiler.spaces.space import Slot, Space, Unit, width_of
+
+Floats = npt.NDArray[np.float64]
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One measured layer: median and interquartile range in seconds, number of values, and whether they were steady."""
+
+    layer: Layer
+    seconds: float
+    iqr: float = 0.0
+    count: int = 1
+    steady: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How the sum of layers becomes a network's latency in one space, and how well it does on held-out networks.
+
+    `mean_error` and `max_error` are shares of the measured time over `held_out` networks that the fit has not seen.
+    """
+
+    overhead: float
+    slope: float
+    fitted_on: int
+    held_out: int
+    mean_error: float
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPrice:
+    """Seconds of one layer; `interpolated` says that it was not measured itself."""
+
+    layer: Layer
+    seconds: float
+    interpolated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Predicted seconds of a network, and its layers in network order."""
+
+    seconds: float
+    overhead: float
+    layers: tuple[LayerPrice, ...]
+
+    @property
+    def interpolated(self) -> int:
+        """How many layers were interpolated."""
+        return sum(price.interpolated for price in self.layers)
+
+
+class _Family:
+    """Measured points (c_in, c_out) → seconds of layers that differ in nothing else."""
+
+    def __init__(self) -> None:
+        self.points: dict[Cell, float] = {}
+        self._axes: tuple[list[int], list[int], list[int]] | None = None
+
+    def add(self, entry: Entry) -> None:
+        self.points[entry.layer.c_in, entry.layer.c_out] = entry.seconds
+        self._axes = None
+
+    def interpolate(self, c_in: int, c_out: int) -> float | None:
+        """Seconds inside the smallest measured cell around a point; None outside of all cells.
+
+        Layers whose input and output are one width (depthwise, poolings, the middle of a bottleneck) are measured
+        along the diagonal and interpolated along it.
+        """
+        inputs, outputs, diagonal = self._sorted_axes()
+        if c_in == c_out:
+            for low, high in _brackets(diagonal, c_in):
+                return _linear(c_in, low, high, self.points[low, low], self.points[high, high])
+        cells = product(_brackets(inputs, c_in), _brackets(outputs, c_out))
+        for (a, b), (c, d) in sorted(cells, key=_area):
+            if all(corner in self.points for corner in product((a, b), (c, d))):
+                at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
+                at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
+                return _linear(c_out, c, d, at_c, at_d)
+        return None
+
+    def _sorted_axes(self) -> tuple[list[int], list[int], list[int]]:
+        if self._axes is None:
+            self._axes = (
+                sorted({i for i, _ in self.points}),
+                sorted({o for _, o in self.points}),
+                sorted(i for i, o in self.points if i == o),
+            )
+        return self._axes
+
+
+def _brackets(values: list[int], value: int, most: int = 4) -> list[tuple[int, int]]:
+    """Pairs of sorted values around a value, the narrowest first; (value, value) where it is one of them."""
+    at = bisect_left(values, value)
+    exact = [(value, value)] if at < len(values) and values[at] == value else []
+    above = at + len(exact)
+    pairs = product(values[max(0, at - most) : at], values[above : above + most])
+    return exact + sorted(pairs, key=lambda pair: pair[1] - pair[0])
+
+
+def _area(cell: tuple[tuple[int, int], tuple[int, int]]) -> int:
+    (a, b), (c, d) = cell
+    return (b - a + 1) * (d - c + 1)
+
+
+def _linear(x: int, low: int, high: int, at_low: float, at_high: float) -> float:
+    if low == high:
+        return at_low
+    share = (x - low) / (high - low)
+    return (1 - share) * at_low + share * at_high
+
+
+@dataclass
+class LatencyTable:
+    """Measured layers of one device under one fingerprint."""
+
+    device: str
+    fingerprint: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._families: dict[str, _Family] = defaultdict(_Family)
+        for entry in self.entries.values():
+            self._families[entry.layer.family].add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Take one measured layer; a second measurement of a layer replaces the first."""
+        self.entries[entry.layer.key] = entry
+        self._families[entry.layer.family].add(entry)
+
+    def layer(self, layer: Layer) -> LayerPrice:
+        """Price one layer.
+
+        Raises:
+            MissingLatencies: it is neither measured nor inside a measured cell.
+        """
+        family = self._families.get(layer.family)
+        if family is not None:
+            measured = family.points.get((layer.c_in, layer.c_out))
+            if measured is not None:
+                return LayerPrice(layer, measured, False)
+            interpolated = family.interpolate(layer.c_in, layer.c_out)
+            if interpolated is not None:
+                return LayerPrice(layer, interpolated, True)
+        raise MissingLatencies([layer.key])
+
+    def missing(self, layers: Iterable[Layer]) -> list[str]:
+        """Keys of the layers that cannot be priced, without repeats."""
+        keys = []
+        for layer in dict.fromkeys(layers):
+            try:
+                self.layer(layer)
+            except MissingLatencies:
+                keys.append(layer.key)
+        return keys
+
+    def price(self, space: Space, channels: Sequence[int]) -> Price:
+        """Price a structure.
+
+        Raises:
+            MissingLatencies: with every layer that is missing.
+        """
+        layers = space.layers(channels)
+        if missing := self.missing(layers):
+            raise MissingLatencies(missing)
+        prices = tuple(map(self.layer, layers))
+        overhead, slope = self._fit(space)
+        total = 0.0
+        for price in prices:
+            total += price.seconds
+        return Price(overhead + slope * total, overhead, prices)
+
+    def _fit(self, space: Space) -> tuple[float, float]:
+        fit = self.fits.get(space.key)
+        return (fit.overhead, fit.slope) if fit else (0.0, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; `from_json` is the inverse."""
+        return {
+            "device": self.device,
+            "fingerprint": self.fingerprint,
+            "entries": [asdict(entry) for _, entry in sorted(self.entries.items())],
+            "fits": {key: asdict(fit) for key, fit in sorted(self.fits.items())},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "LatencyTable":
+        """Inverse of `to_json`.
+
+        Raises:
+            InvalidInput: not a table.
+        """
+        try:
+            entries = [Entry(**{**row, "layer": Layer.from_json(row["layer"])}) for row in data["entries"]]
+            fits = {key: Fit(**fit) for key, fit in data.get("fits", {}).items()}
+            table = cls(str(data["device"]), str(data["fingerprint"]), {e.layer.key: e for e in entries}, fits)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"not a lookup table: {error}") from error
+        if bad := [entry.layer.key for entry in entries if not 0 < entry.seconds < 1000]:
+            raise InvalidInput(f"seconds must be above 0 and below 1000: {bad[0]}")
+        return table
+
+    def to_csv(self) -> str:
+        """One line per measured layer, for spreadsheets."""
+        out = io.StringIO()
+        writer = csv.writer(out)
+        writer.writerow([*Layer.__dataclass_fields__, "seconds", "iqr", "count", "steady"])
+        for _, entry in sorted(self.entries.items()):
+            writer.writerow([*entry.layer.to_json().values(), entry.seconds, entry.iqr, entry.count, entry.steady])
+        return out.getvalue()
+
+
+class LatencyModel:
+    """Latencies of many structures of one space at once, equal to `LatencyTable.price` to the last bit.
+
+    Every layer depends on two slots at most, so each unit becomes a matrix over the widths of those slots. Letters: n
+    structures, s slots.
+    """
+
+    def __init__(self, table: LatencyTable, space: Space) -> None:
+        self._overhead, self._slope = table._fit(space)
+        self._units = [(unit.source, unit.target, _matrix(table, unit)) for unit in space.units]
+
+    def seconds(self, channels: Ints) -> Floats:
+        """Latencies (n,) of channels (n, s), whose widths must be choices of the space."""
+        total = np.zeros(len(channels))
+        for source, target, (rows, columns, seconds) in self._units:
+            i = rows[channels[:, source.index]] if source.index is not None else 0
+            j = columns[channels[:, target.index]] if target.index is not None else 0
+            total += seconds[i, j]
+        return self._overhead + self._slope * total
+
+
+def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
+    """The distinct layers to measure so that every structure of a space can be priced.
+
+    Args:
+        points: widths per slot, spread over its 31 choices; the rest is interpolated. None plans every choice. Fixed
+            slots are planned like genes, since the uniform network scales them too.
+    """
+    choices = range(31) if points is None else sorted({round(x) for x in np.linspace(0, 30, points)})
+    layers: dict[Layer, None] = {}
+    for unit in space.units:
+        for i, j in product(choices, choices):
+            layer = _unit_layer(unit, _slot_width(unit.source, i), _slot_width(unit.target, j))
+            if unit.source is not unit.target or i == j:
+                layers[layer] = None
+    return list(layers)
+
+
+def _slot_width(slot: Slot, choice: int) -> int:
+    return slot.base if slot.index is None else width_of(slot.base, choice)
+
+
+def _unit_layer(unit: Unit, c_in: int, c_out: int) -> Layer:
+    """The unit's layer at two widths."""
+    source = Slot("", c_in, None)
+    target = source if unit.source is unit.target else Slot("", c_out, None)
+    return Unit(
+        unit.name, unit.op, source, target, unit.size, unit.input, unit.kernel, unit.stride, unit.padding,
+        unit.activation, unit.norm, unit.shortcut, unit.features,
+    ).layer(())  # fmt: skip
+
+
+def _matrix(table: LatencyTable, unit: Unit) -> tuple[Ints, Ints, Floats]:
+    """Row of each source width, column of each target width, and the seconds at (row, column)."""
+    sources, targets = _slot_widths(unit.source), _slot_widths(unit.target)
+    seconds = np.full((len(sources), len(targets)), np.nan)
+    for (i, c_in), (j, c_out) in product(enumerate(sources), enumerate(targets)):
+        if unit.source is not unit.target or i == j:
+            seconds[i, j] = table.layer(_unit_layer(unit, c_in, c_out)).seconds
+    return _positions(sources), _positions(targets), seconds
+
+
+def _slot_widths(slot: Slot) -> list[int]:
+    if slot.index is None:
+        return [slot.base]
+    return sorted({width_of(slot.base, choice) for choice in range(31)})
+
+
+def _positions(widths: list[int]) -> Ints:
+    positions = np.full(max(widths) + 1, -1, dtype=np.int64)
+    positions[widths] = np.arange(len(widths))
+    return positions

@@ -1,0 +1,1 @@
+"""The search spaces: one description each, from which everything else is derived."""

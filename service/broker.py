@@ -1,0 +1,62 @@
+"""The one Celery app, and the doorbell.
+
+A message says only "look for work": it carries no arguments, may be lost or doubled, and expires. Rows are the truth;
+the reconciler rings again for whatever is still claimable.
+"""
+
+import logging
+from pathlib import Path
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from service.settings import get_settings
+
+DOORBELL = "secateurs.doorbell"
+QUEUE = "jobs"
+log = logging.getLogger(__name__)
+
+
+def _filesystem(home: Path) -> dict[str, object]:
+    folder = home / "queue"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "data_folder_in": str(folder), "data_folder_out": str(folder), "control_folder": str(home / "queue-control"),
+        "polling_interval": 0.2,
+    }  # fmt: skip
+
+
+def make_app() -> Celery:
+    """The app with the settings that the design relies on: early acknowledgement, JSON only, no result backend."""
+    settings = get_settings()
+    app = Celery("secateurs", broker=settings.broker_url or "filesystem://")
+    app.conf.update(
+        task_acks_late=False,
+        task_ignore_result=True,
+        task_publish_retry=False,
+        task_default_queue=QUEUE,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=bool(settings.broker_url),
+        worker_send_task_events=False,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_transport_options={
+            "socket_timeout": 5, "socket_connect_timeout": 2, "socket_keepalive": True, "health_check_interval": 10,
+        } if settings.broker_url else _filesystem(settings.home),
+    )  # fmt: skip
+    return app
+
+
+app = make_app()
+
+
+def ring() -> bool:
+    """Tell a worker to look for jobs; False when the broker did not take the message (the reconciler rings again)."""
+    try:
+        app.send_task(DOORBELL, queue=QUEUE, expires=60, retry=False)
+    except (OperationalError, OSError) as error:
+        log.warning("the doorbell did not ring: %s", error)
+        return False
+    return True

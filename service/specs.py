@@ -1,0 +1,177 @@
+"""What a job can ask for, with the presets that fill in what the user left out.
+
+`JobRequest` is the request's JSON; `resolve` fills in every default, so that a stored job says everything that
+determines its result.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latency_profiler.cost import Constraint, Metric
+
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Effort = Literal["smoke", "quick", "standard", "paper"]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+
+
+class Model(BaseModel):
+    """Unknown fields are refused, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class CountConstraint(Model):
+    """Bounds on multiply-adds or parameters."""
+
+    metric: Literal["flops", "parameters"]
+    max: Count
+    min: Annotated[int, Field(ge=0, le=2**53)] | None = None
+
+    def constraint(self) -> Constraint:
+        """In the profiler's terms."""
+        return Constraint(Metric(self.metric), self.max, self.min or 0)
+
+
+class LatencyConstraint(Model):
+    """Bounds on a device's milliseconds for one image batch."""
+
+    metric: Literal["latency"]
+    device: Name
+    max_ms: Annotated[float, Field(gt=0, le=1e6)]
+    min_ms: Annotated[float, Field(ge=0, le=1e6)] | None = None
+
+    def constraint(self) -> Constraint:
+        """In the profiler's terms: seconds."""
+        return Constraint(Metric.LATENCY, self.max_ms / 1000, (self.min_ms or 0) / 1000, self.device)
+
+
+AnyConstraint = Annotated[CountConstraint | LatencyConstraint, Field(discriminator="metric")]
+
+
+class TrainingSpec(Model):
+    """How the PruningNet is trained. `band` limits sampled structures to these shares of the budget's FLOPs."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_size: Annotated[int, Field(ge=2, le=4096)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
+    validation_images: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
+    """Images split from the training set to judge candidates on; at most a fifth of it."""
+
+
+class SearchSpec(Model):
+    """The evolutionary search; one generation is `population` candidates."""
+
+    generations: Annotated[int, Field(ge=1, le=1000)] | None = None
+    population: Annotated[int, Field(ge=2, le=1000)] | None = None
+    parents: Annotated[int, Field(ge=1, le=1000)] | None = None
+    mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    recalibration_images: Annotated[int, Field(ge=16, le=1_000_000)] | None = None
+    rank_by: Literal["accuracy", "loss"] | None = None
+    least_budget_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Candidates must use at least this share of the tightest upper bound (0: upper bounds only)."""
+
+
+class RetrainingSpec(Model):
+    """Training from scratch; `top` structures of the search are trained."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_size: Annotated[int, Field(ge=2, le=4096)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    top: Annotated[int, Field(ge=1, le=10)] | None = None
+
+
+class JobRequest(Model):
+    """A search, as a user submits it; `resolve` fills in what is None."""
+
+    method: Literal["metapruning"] = "metapruning"
+    name: Annotated[str, Field(max_length=200)] | None = None
+    space: Name
+    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    width: Annotated[float, Field(ge=0.05, le=4)] = 1.0
+    last_layer: Literal["free", "fixed"] | None = None
+    """Whether the width before the classifier is a gene; fixed is as published."""
+    dataset: Name
+    constraints: Annotated[list[AnyConstraint], Field(min_length=1, max_length=8)]
+    measure_on: Annotated[list[Name], Field(max_length=8)] = []
+    """Devices that measure the winner although no constraint names them."""
+    effort: Effort = "standard"
+    training: TrainingSpec = TrainingSpec()
+    search: SearchSpec = SearchSpec()
+    retraining: RetrainingSpec = RetrainingSpec()
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    baselines: bool = True
+    """Whether the uniform network at the same budget is trained for comparison."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "JobRequest":
+        seen = set()
+        for bound in self.constraints:
+            constraint = bound.constraint()
+            if constraint.minimum > constraint.maximum:
+                raise ValueError(f"the lower bound on {bound.metric} is above its upper bound")
+            if (constraint.metric, constraint.device) in seen:
+                raise ValueError(f"{bound.metric} is constrained twice; give one constraint with both bounds")
+            seen.add((constraint.metric, constraint.device))
+        return self
+
+
+SGD = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "smoke": {
+        "training": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "band": None, "validation_images": 200, **SGD},
+        "search": {"generations": 2, "population": 8, "parents": 4, "recalibration_images": 128, "least_budget_share": 0.9},
+        "retraining": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
+    },
+    "quick": {
+        "training": {"epochs": 15, "batch_size": 64, "learning_rate": 0.1, "band": None, "validation_images": 300, **SGD},
+        "search": {"generations": 6, "population": 24, "parents": 8, "recalibration_images": 512, "least_budget_share": 0.95},
+        "retraining": {"epochs": 15, "batch_size": 64, "learning_rate": 0.1, "top": 1, **SGD},
+    },
+    "standard": {
+        "training": {"epochs": 10, "batch_size": 128, "learning_rate": 0.1, "band": (0.6, 1.4), "validation_images": 5000, **SGD},
+        "search": {"generations": 10, "population": 40, "parents": 10, "recalibration_images": 2000, "least_budget_share": 0.97},
+        "retraining": {"epochs": 10, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
+    },
+    "paper": {
+        "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "band": None, "validation_images": 50_000, **SGD},
+        "search": {"generations": 20, "population": 50, "parents": 10, "recalibration_images": 20_000, "least_budget_share": 0.0},
+        "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
+    },
+}  # fmt: skip
+"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "mobilenet_v2": {"training": {"weight_decay": 0.0}},
+    "resnet50": {
+        "training": {"epochs": 32, "batch_size": 256, "learning_rate": 0.1, "weight_decay": 1e-4},
+        "retraining": {"epochs": 128, "batch_size": 512, "learning_rate": 0.2, "weight_decay": 1e-4},
+    },
+}
+
+
+def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
+    """The request with every default filled in from its effort preset.
+
+    Args:
+        native_image_size: the dataset's, used where the request names none.
+    """
+    paper = request.effort == "paper"
+    filled: dict[str, Any] = {}
+    for part in ("training", "search", "retraining"):
+        preset = dict(PRESETS[request.effort][part])
+        if part == "search":
+            preset |= {"mutation_probability": 0.1, "rank_by": "accuracy" if paper else "loss"}
+        if paper:
+            preset |= PUBLISHED.get(request.space, {}).get(part, {})
+        given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}
+        filled[part] = type(getattr(request, part)).model_validate(preset | given)
+    filled["image_size"] = request.image_size or native_image_size
+    filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
+    return request.model_copy(update=filled)

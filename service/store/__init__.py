@@ -1,0 +1,1 @@
+"""All tables, and the only code that touches them."""
