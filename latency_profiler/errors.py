@@ -6,6 +6,7 @@
     │   ├── InvalidEncoding
     │   ├── InvalidChannels
     │   └── InvalidDataset
+    ├── NotFound                     nothing has this name or id
     ├── InfeasibleConstraint         no structure of the space satisfies the budget
     ├── MissingLatencies             a lookup table lacks layers that were asked for
     ├── MeasurementFailed            a layer could not be measured; the reason is data
@@ -44,6 +45,18 @@ class InvalidChannels(InvalidInput):
 
 class InvalidDataset(InvalidInput):
     """A dataset that cannot be read safely or at all."""
+
+
+class NotFound(SecateursError):
+    """Nothing of this kind has this name or id.
+
+    Attributes:
+        kind, name: what was looked for.
+    """
+
+    def __init__(self, kind: str, name: str, known: Sequence[str] = ()) -> None:
+        self.kind, self.name = kind, name
+        super().__init__(f"no {kind} {name!r}" + (f"; there are: {', '.join(known)}" if known else ""))
 
 
 class InfeasibleConstraint(SecateursError):

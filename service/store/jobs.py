@@ -1,0 +1,227 @@
+"""Jobs: submitted by users, claimed by workers, moved on step by step.
+
+One worker at a time may write for a job: whoever claimed it last. A claim raises the job's fence, every write of a
+worker carries the fence of its claim, and a write that finds another fence is refused (`LeaseLost`). Ended jobs never
+change. Every change of state leaves an event in the same transaction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import CursorResult, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from latency_profiler.errors import NotFound, SecateursError
+from service.specs import JobRequest
+from service.store.models import TERMINAL, Job, JobEvent, JobState, now
+
+
+class JobStateConflict(SecateursError):
+    """The job is in a state that does not allow what was asked.
+
+    Attributes:
+        job_id, state: the job and where it is.
+    """
+
+    def __init__(self, job_id: str, state: JobState, asked: str) -> None:
+        self.job_id, self.state = job_id, state
+        super().__init__(f"job {job_id} is {state.value}; it cannot be {asked}")
+
+
+class LeaseLost(SecateursError):
+    """Another worker has taken the job, or it has ended: stop and write nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to write for one job until another claim."""
+
+    job_id: str
+    owner: str
+    fence: int
+
+
+def submit(session: Session, spec: JobRequest, *, space_key: str, dataset_id: str, created_by: str | None) -> Job:
+    """Accept a resolved request."""
+    job = Job(
+        spec=spec.model_dump(mode="json"), space_key=space_key, dataset_id=dataset_id, seed=spec.seed,
+        created_by=created_by,
+    )  # fmt: skip
+    session.add(job)
+    session.flush()
+    add_event(session, job.id, "state", {"state": JobState.QUEUED})
+    return job
+
+
+def get(session: Session, job_id: str) -> Job:
+    """One job.
+
+    Raises:
+        NotFound: no job has this id.
+    """
+    job = session.get(Job, job_id)
+    if job is None:
+        raise NotFound("job", job_id)
+    return job
+
+
+def request_cancel(session: Session, job_id: str) -> Job:
+    """End a job that no worker holds; ask the worker of one that is held. Repeating it changes nothing.
+
+    Raises:
+        NotFound: no job has this id.
+        JobStateConflict: it has ended otherwise.
+    """
+    job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+    if job is None:
+        raise NotFound("job", job_id)
+    if job.state in TERMINAL and job.state is not JobState.CANCELLED:
+        raise JobStateConflict(job_id, job.state, "cancelled")
+    if job.state is not JobState.CANCELLED and job.cancel_requested_at is None:
+        session.execute(update(Job).where(Job.id == job_id).values(cancel_requested_at=now()))
+        if job.owner is None:
+            _end(session, job_id, JobState.CANCELLED)
+        session.refresh(job)
+    return job
+
+
+def events_after(session: Session, job_id: str, after_id: int, limit: int = 200) -> Sequence[JobEvent]:
+    """What happened in a job after an event, oldest first."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after_id).order_by(JobEvent.id)
+    return session.scalars(query.limit(limit)).all()
+
+
+def add_event(session: Session, job_id: str, kind: str, data: dict[str, Any]) -> None:
+    """Leave an event in the same transaction as the change that it tells of."""
+    session.add(JobEvent(job_id=job_id, kind=kind, data=data))
+
+
+def _claimable() -> Any:
+    return (
+        Job.state.not_in(TERMINAL)
+        & (Job.run_after <= now())
+        & or_(Job.owner.is_(None), Job.lease_until < now())
+    )  # fmt: skip
+
+
+def claimable(session: Session) -> tuple[int, float]:
+    """How many jobs wait for a worker, and for how many seconds the oldest has."""
+    count, oldest = session.execute(
+        select(func.count(), func.coalesce(now() - func.min(Job.updated_at), 0.0)).where(_claimable())
+    ).one()
+    return count, float(oldest)
+
+
+def claim(session: Session, owner: str, lease_seconds: float, attempts: int) -> Claim | None:
+    """Take the oldest job that waits for a worker; None when there is none.
+
+    A job whose last `attempts` workers vanished before they finished a step ends as failed, one whose cancellation
+    was asked for while it was held ends as cancelled.
+    """
+    query = select(Job.id, Job.attempts, Job.cancel_requested_at, Job.owner).where(_claimable())
+    row = session.execute(query.order_by(Job.created_at, Job.id).limit(1).with_for_update(skip_locked=True)).first()
+    if row is None:
+        return None
+    if row.cancel_requested_at is not None:
+        _end(session, row.id, JobState.CANCELLED)
+        return claim(session, owner, lease_seconds, attempts)
+    if row.attempts >= attempts:
+        reason = f"{row.attempts} workers in a row were lost in one step (last: {row.owner})"
+        _end(session, row.id, JobState.FAILED, error={"title": "worker lost", "detail": reason})
+        return claim(session, owner, lease_seconds, attempts)
+    fence = session.scalar(
+        update(Job)
+        .where(Job.id == row.id)
+        .values(
+            owner=owner, fence=Job.fence + 1, attempts=Job.attempts + 1, lease_until=now() + lease_seconds,
+            updated_at=now(),
+        )
+        .returning(Job.fence)
+    )  # fmt: skip
+    assert fence is not None
+    return Claim(row.id, owner, fence)
+
+
+def beat(session: Session, claim: Claim, lease_seconds: float, progress: dict[str, Any] | None = None) -> bool:
+    """Renew the lease, store progress; True when the job shall be cancelled.
+
+    Raises:
+        LeaseLost: the claim does not hold any more.
+    """
+    values: dict[str, Any] = {"lease_until": now() + lease_seconds}
+    if progress is not None:
+        values["progress"] = progress
+        add_event(session, claim.job_id, "progress", progress)
+    return _write(session, claim, values).cancel_requested_at is not None
+
+
+def load(session: Session, claim: Claim) -> Job:
+    """The claimed job as it stands.
+
+    Raises:
+        LeaseLost: the claim does not hold any more.
+    """
+    return _write(session, claim, {"updated_at": now()})
+
+
+def save_step(session: Session, claim: Claim, **changes: Any) -> None:
+    """Store what a step has done; call it in the transaction that stores the step's rows.
+
+    Args:
+        changes: columns of the job. A new state leaves an event.
+
+    Raises:
+        LeaseLost: the claim does not hold any more; roll everything back.
+    """
+    old = session.scalar(select(Job.state).where(Job.id == claim.job_id))
+    _write(session, claim, {"attempts": 0, "steps": Job.steps + 1, "updated_at": now(), **changes})
+    if "state" in changes and changes["state"] is not old:
+        add_event(session, claim.job_id, "state", {"state": changes["state"]})
+
+
+def release(session: Session, claim: Claim, after_seconds: float = 0.0) -> None:
+    """Give a job back unfinished; it can be claimed again after some seconds. Costs no attempt."""
+    values = {"owner": None, "lease_until": None, "attempts": 0, "run_after": now() + after_seconds}
+    _write(session, claim, values)
+
+
+def finish(session: Session, claim: Claim, state: JobState, **changes: Any) -> None:
+    """End a job: a cancellation that was asked for before wins over any other end.
+
+    Raises:
+        LeaseLost: the claim does not hold any more.
+    """
+    cancelled = _write(session, claim, changes).cancel_requested_at is not None
+    _end(session, claim.job_id, JobState.CANCELLED if cancelled else state)
+
+
+def wake(session: Session, states: Sequence[JobState]) -> int:
+    """Make jobs that wait in these states claimable now; returns how many."""
+    done = session.execute(update(Job).where(Job.state.in_(states), Job.run_after > now()).values(run_after=0.0))
+    assert isinstance(done, CursorResult)
+    return done.rowcount
+
+
+def _write(session: Session, claim: Claim, values: dict[str, Any]) -> Job:
+    job = session.scalar(
+        update(Job)
+        .where(
+            Job.id == claim.job_id, Job.fence == claim.fence, Job.owner == claim.owner, Job.state.not_in(TERMINAL)
+        )
+        .values(**values)
+        .returning(Job)
+        .execution_options(populate_existing=True)
+    )  # fmt: skip
+    if job is None:
+        raise LeaseLost(f"job {claim.job_id} is no longer held by {claim.owner} (fence {claim.fence})")
+    return job
+
+
+def _end(session: Session, job_id: str, state: JobState, **changes: Any) -> None:
+    """Into a terminal state, once."""
+    values = {"state": state, "owner": None, "lease_until": None, "finished_at": now(), "updated_at": now(), **changes}
+    done = session.execute(update(Job).where(Job.id == job_id, Job.state.not_in(TERMINAL)).values(**values))
+    assert isinstance(done, CursorResult)
+    if done.rowcount:
+        add_event(session, job_id, "state", {"state": state, **({"error": changes["error"]} if "error" in changes else {})})
