@@ -5,6 +5,7 @@ full, above 1 it breaks one. Latencies are predictions times a device's correcti
 breaks the prediction.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,15 +100,10 @@ class Budget:
 
     def uniform(self) -> tuple[int, ...]:
         """The largest uniform network within the upper bounds: one share of every base width, the last one too."""
-        fits = [channels for channels in self._uniforms() if self._within(channels)]
-        if not fits:
-            return self.space.uniform(SMALLEST_SHARE)
-        return fits[-1]
-
-    def _uniforms(self) -> list[tuple[int, ...]]:
-        """All distinct uniform networks from a tenth to the full width, by growing share."""
-        shares = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
-        return list(dict.fromkeys(self.space.uniform(share) for share in sorted(shares) if share >= SMALLEST_SHARE))
+        widths = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
+        shares = sorted(share for share in widths if share >= SMALLEST_SHARE)
+        at = bisect_left(shares, True, key=lambda share: not self._within(self.space.uniform(share)))
+        return self.space.uniform(shares[max(0, at - 1)])
 
     def _within(self, channels: Sequence[int]) -> bool:
         seconds = self.predict(channels) if self.tables else {}

@@ -119,28 +119,27 @@ def claim(session: Session, owner: str, lease_seconds: float, attempts: int) -> 
     A job whose last `attempts` workers vanished before they finished a step ends as failed, one whose cancellation
     was asked for while it was held ends as cancelled.
     """
-    query = select(Job.id, Job.attempts, Job.cancel_requested_at, Job.owner).where(_claimable())
-    row = session.execute(query.order_by(Job.created_at, Job.id).limit(1).with_for_update(skip_locked=True)).first()
-    if row is None:
-        return None
-    if row.cancel_requested_at is not None:
-        _end(session, row.id, JobState.CANCELLED)
-        return claim(session, owner, lease_seconds, attempts)
-    if row.attempts >= attempts:
-        reason = f"{row.attempts} workers in a row were lost in one step (last: {row.owner})"
-        _end(session, row.id, JobState.FAILED, error={"title": "worker lost", "detail": reason})
-        return claim(session, owner, lease_seconds, attempts)
-    fence = session.scalar(
-        update(Job)
-        .where(Job.id == row.id)
-        .values(
-            owner=owner, fence=Job.fence + 1, attempts=Job.attempts + 1, lease_until=now() + lease_seconds,
-            updated_at=now(),
-        )
-        .returning(Job.fence)
-    )  # fmt: skip
+    query = select(Job).where(_claimable()).order_by(Job.created_at, Job.id).limit(1).with_for_update(skip_locked=True)
+    while (job := session.scalar(query)) is not None:
+        if job.cancel_requested_at is not None:
+            _end(session, job.id, JobState.CANCELLED)
+        elif job.attempts >= attempts:
+            reason = (job.error or {}).get("detail", f"last held by {job.owner}")
+            detail = f"{job.attempts} workers in a row were lost in one step: {reason}"
+            _end(session, job.id, JobState.FAILED, error={"title": "worker lost", "detail": detail})
+        else:
+            return _take(session, job.id, owner, lease_seconds)
+    return None
+
+
+def _take(session: Session, job_id: str, owner: str, lease_seconds: float) -> Claim:
+    values = {
+        "owner": owner, "fence": Job.fence + 1, "attempts": Job.attempts + 1,
+        "lease_until": now() + lease_seconds, "updated_at": now(),
+    }  # fmt: skip
+    fence = session.scalar(update(Job).where(Job.id == job_id).values(**values).returning(Job.fence))
     assert fence is not None
-    return Claim(row.id, owner, fence)
+    return Claim(job_id, owner, fence)
 
 
 def beat(session: Session, claim: Claim, lease_seconds: float, progress: dict[str, Any] | None = None) -> bool:
@@ -186,6 +185,12 @@ def release(session: Session, claim: Claim, after_seconds: float = 0.0) -> None:
     _write(session, claim, values)
 
 
+def lose(session: Session, claim: Claim, reason: str, after_seconds: float) -> None:
+    """Give a job back because its runner died; this costs one of its attempts."""
+    error = {"title": "worker lost", "detail": reason}
+    _write(session, claim, {"owner": None, "lease_until": None, "error": error, "run_after": now() + after_seconds})
+
+
 def finish(session: Session, claim: Claim, state: JobState, **changes: Any) -> None:
     """End a job: a cancellation that was asked for before wins over any other end.
 
@@ -225,3 +230,16 @@ def _end(session: Session, job_id: str, state: JobState, **changes: Any) -> None
     assert isinstance(done, CursorResult)
     if done.rowcount:
         add_event(session, job_id, "state", {"state": state, **({"error": changes["error"]} if "error" in changes else {})})
+
+
+def phase_seconds(session: Session, job_id: str) -> dict[str, float]:
+    """Seconds that a job has spent in each state but the last ones, read off its events."""
+    query = select(JobEvent.data, JobEvent.created_at).where(JobEvent.job_id == job_id, JobEvent.kind == "state")
+    events = session.execute(query.order_by(JobEvent.id)).all()
+    seconds: dict[str, float] = {}
+    ends = [event.created_at for event in events[1:]] + [session.scalar(select(now())) or 0.0]
+    for event, end in zip(events, ends, strict=True):
+        state = event.data["state"]
+        if state not in TERMINAL:
+            seconds[state] = seconds.get(state, 0.0) + end - event.created_at
+    return seconds

@@ -1,0 +1,94 @@
+"""Structures and the candidates that jobs judged: written a generation at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Table, insert
+from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+from sqlalchemy.orm import Session
+
+from latency_profiler.cost import flops, parameters
+from latency_profiler.spaces.space import Space
+from service.store.models import Base, Candidate, Job, Structure, StructureLatency
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One candidate as a search hands it over; `latencies` are corrected seconds per device name."""
+
+    encoding: tuple[int, ...]
+    birth: str
+    parents: tuple[tuple[int, ...], ...]
+    flops: int
+    parameters: int
+    latencies: dict[str, float]
+    accuracy: float
+    loss: float
+
+
+def upsert_new(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert the rows whose keys are not there yet."""
+    if not rows:
+        return
+    dialect = insert_postgresql if session.get_bind().dialect.name == "postgresql" else insert_sqlite
+    assert isinstance(table.__table__, Table)
+    session.execute(dialect(table.__table__).on_conflict_do_nothing(), list(rows))
+
+
+def space_arguments(space: Space) -> dict[str, Any]:
+    """What `get_space` must be given to make this space again."""
+    names = ("name", "image_size", "width", "classes", "free_last")
+    return {name: getattr(space, name) for name in names}
+
+
+def add_structures(session: Session, space: Space, channels: Sequence[tuple[int, ...]]) -> list[str]:
+    """Make sure that structures have rows; returns their ids in order."""
+    rows = []
+    for widths in channels:
+        layers = space.layers(widths)
+        rows.append(
+            {
+                "id": space.digest(widths), "space_key": space.key, "space": space_arguments(space),
+                "channels": list(space.complete(widths)), "flops": flops(layers), "parameters": parameters(layers),
+            }
+        )  # fmt: skip
+    upsert_new(session, Structure, rows)
+    return [row["id"] for row in rows]
+
+
+def record_generation(
+    session: Session, job: Job, space: Space, generation: int, judged: Sequence[Judged],
+    predicted: Mapping[str, tuple[str, str]],
+) -> None:  # fmt: skip
+    """Store a generation: its structures, their predicted latencies and its candidates with their lineage.
+
+    Args:
+        predicted: device name → (device id, table id) of the latencies.
+    """
+    ids = add_structures(session, space, [space.channels(one.encoding) for one in judged])
+    latencies = [
+        {"structure_id": structure_id, "device_id": device_id, "table_id": table_id, "seconds": one.latencies[name]}
+        for structure_id, one in zip(ids, judged, strict=True)
+        for name, (device_id, table_id) in predicted.items()
+        if name in one.latencies
+    ]
+    upsert_new(session, StructureLatency, latencies)
+    rows = [
+        {
+            "job_id": job.id, "structure_id": structure_id, "space_key": space.key, "dataset_id": job.dataset_id,
+            "generation": generation, "position": position, "encoding": list(one.encoding),
+            "encoding_key": encoding_key(one.encoding), "flops": one.flops, "parameters": one.parameters,
+            "latencies": one.latencies, "proxy_accuracy": one.accuracy, "proxy_loss": one.loss, "birth": one.birth,
+            "parents": [encoding_key(parent) for parent in one.parents],
+        }
+        for position, (structure_id, one) in enumerate(zip(ids, judged, strict=True))
+    ]  # fmt: skip
+    if rows:
+        session.execute(insert(Candidate), rows)
+
+
+def encoding_key(encoding: Sequence[int]) -> str:
+    """The genes joined by commas."""
+    return ",".join(map(str, encoding))

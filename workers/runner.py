@@ -1,0 +1,102 @@
+"""`python -m workers.runner JOB OWNER FENCE PARENT`: one job under its claim, step by step, until it ends or must wait.
+
+It dies with its supervisor. Progress goes to standard output, one JSON object a line; an empty object says only that
+it is alive.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from latency_profiler.errors import InfeasibleConstraint, SecateursError
+from service.settings import get_settings
+from service.store import jobs
+from service.store.jobs import Claim, LeaseLost
+from service.store.models import JobState
+from service.store.session import transaction
+from workers import steps
+
+log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1
+PATIENCE = 30.0
+"""Seconds for which a runner waits itself before it gives the job back: starting another one costs about three."""
+POLL = 0.5
+
+
+class Console:
+    """What the runner tells its supervisor, and what it is told by it."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._said = 0.0
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def say(self, progress: dict[str, Any] | None = None) -> None:
+        """Report progress; at most twice a second."""
+        if time.monotonic() - self._said > 0.5:
+            self._said = time.monotonic()
+            sys.stdout.write(json.dumps(progress or {}) + "\n")
+            sys.stdout.flush()
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+
+
+def main(job_id: str, owner: str, fence: str, parent: str) -> int:
+    """Exit code 0 when the job has ended, waits, or belongs to somebody else."""
+    if not _bound_to(int(parent)):
+        return 1
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    claim = Claim(job_id, owner, int(fence))
+    try:
+        _run(claim, Console())
+    except LeaseLost as error:
+        log.warning("%s", error)
+    except SecateursError as error:
+        log.exception("job %s failed", job_id)
+        with transaction() as session:
+            jobs.finish(session, claim, JobState.FAILED, error=_problem(error))
+    return 0
+
+
+def _run(claim: Claim, console: Console) -> None:
+    context = steps.Context(claim, get_settings(), console)
+    waiting_since: float | None = None
+    while not console.stopping:
+        with transaction() as session:
+            job = jobs.load(session, claim)
+        outcome = steps.advance(context, job)
+        console.say()
+        if outcome is None:
+            waiting_since = None
+        elif outcome.ended:
+            return
+        elif time.monotonic() - (waiting_since := waiting_since or time.monotonic()) < PATIENCE:
+            time.sleep(POLL)
+        else:
+            break
+    with transaction() as session:
+        jobs.release(session, claim, 0.0 if console.stopping else 5.0)
+
+
+def _bound_to(parent: int) -> bool:
+    """Die when the supervisor does; False when it has died before the kernel was told so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
+
+
+def _problem(error: SecateursError) -> dict[str, Any]:
+    facts: dict[str, Any] = {"title": type(error).__name__, "detail": str(error)}
+    if isinstance(error, InfeasibleConstraint):
+        facts |= {"metric": error.metric, "asked": error.asked, "smallest": error.smallest, "largest": error.largest}
+    return facts
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
