@@ -1,0 +1,84 @@
+"""An analytic device with seeded noise: for demonstrations and tests, on any machine, without a runtime.
+
+A layer takes a fixed time, its multiply-adds at a peak rate and its bytes at a bandwidth; widths count as the next
+multiple of 8, as on hardware with vector lanes. Every value is a function of (seed, key, position of the value).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+import numpy as np
+
+from latency_profiler.cost import layer_flops, layer_parameters
+from latency_profiler.layers import Layer, Node, Op
+from latency_profiler.runtimes.base import Settings
+
+LANES = 8
+RATE = 20e9
+"""Multiply-adds per second of one thread."""
+BANDWIDTH = 10e9
+"""Bytes per second."""
+LAYER_SECONDS = 1.5e-6
+EMPTY_SECONDS = 5e-6
+CACHED = 0.96
+"""Share of its time alone that a layer takes inside a network, where its input is in the cache."""
+NOISE = 0.01
+"""Mean share by which a value is too long is 0.8 of this (half a normal distribution)."""
+
+
+@dataclass
+class SimulatedSubject:
+    """Takes `mean` seconds per run or a little more, as disturbances do; nothing is waited for."""
+
+    mean: float
+    rng: np.random.Generator = field(repr=False)
+
+    def seconds(self, runs: int) -> float:
+        """Seconds that so many runs would take together."""
+        return float(runs * self.mean * (1 + NOISE * abs(self.rng.standard_normal())))
+
+
+class Simulated:
+    """A device that exists as a formula."""
+
+    name = "simulated"
+    version = "1"
+
+    def __init__(self, settings: Settings, seed: int = 0) -> None:
+        self.settings, self._seed = settings, seed
+
+    def load_layer(self, layer: Layer) -> SimulatedSubject:
+        """One layer, with the cost of calling the device."""
+        return self._subject(layer.key, EMPTY_SECONDS + self._layer_seconds(layer))
+
+    def load_network(self, nodes: Sequence[Node]) -> SimulatedSubject:
+        """A network: one call, and its layers a little faster than alone."""
+        mean = EMPTY_SECONDS + CACHED * sum(self._layer_seconds(node.layer) for node in nodes)
+        return self._subject(" ".join(node.layer.key for node in nodes), mean)
+
+    def empty_run(self) -> SimulatedSubject:
+        """The cost of calling the device."""
+        return self._subject("", EMPTY_SECONDS)
+
+    def _layer_seconds(self, layer: Layer) -> float:
+        batch, rate = self.settings.batch, RATE * float(self.settings.threads**0.8)
+        moved = 4 * (layer_parameters(layer) + batch * _elements(layer))
+        return LAYER_SECONDS + batch * layer_flops(_rounded(layer)) / rate + moved / BANDWIDTH
+
+    def _subject(self, key: str, mean: float) -> SimulatedSubject:
+        digest = hashlib.sha256(f"{self._seed}:{key}".encode()).digest()
+        return SimulatedSubject(mean, np.random.default_rng(int.from_bytes(digest[:8])))
+
+
+def _rounded(layer: Layer) -> Layer:
+    """With channels as the vector unit sees them; classes and image channels are padded like all others."""
+    return replace(layer, c_in=LANES * ceil(layer.c_in / LANES), c_out=LANES * ceil(layer.c_out / LANES))
+
+
+def _elements(layer: Layer) -> int:
+    """Numbers that are read and written for one image."""
+    pixels = 1 if layer.op is Op.LINEAR else layer.size**2
+    written = layer.c_out * layer.out_size**2
+    return layer.c_in * pixels + written * (2 if layer.residual else 1)

@@ -1,0 +1,141 @@
+"""How long something takes, and how sure that is.
+
+run      one execution of a layer or network.
+loop     runs that are timed together, so that one value lasts long enough (about a millisecond) for the clock.
+value    seconds per run, from one loop.
+warm-up  runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
+steady   the median's uncertainty (half a box plot's notch: 1.57 IQR / √values; McGill, Tukey and Larsen 1978) is a
+         small share of the median.
+
+Several subjects are measured interleaved: each gives one value per round, in an order that is shuffled anew, so that
+a disturbance of some milliseconds costs each of them a value (which the median ignores) and not one of them all.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+Clock = Callable[[], float]
+NOTCH = 1.57
+MOST_LOOPS = 1 << 20
+
+
+class Subject(Protocol):
+    """Something that can be run again and again."""
+
+    def seconds(self, runs: int) -> float:
+        """Seconds that so many runs take together."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """A subject that is really run: `run` does one run, `clock` gives seconds."""
+
+    run: Callable[[], object]
+    clock: Clock = time.perf_counter
+
+    def seconds(self, runs: int) -> float:
+        """Seconds that so many runs take together."""
+        run, times = self.run, range(runs)
+        start = self.clock()
+        for _ in times:
+            run()
+        return self.clock() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is spent on one subject.
+
+    A value lasts about `value` seconds. Values are taken until they are steady, but at least `least` and at most
+    `most` of them, and none beyond `least` once `cap` seconds were spent.
+    """
+
+    value: float = 1e-3
+    least: int = 7
+    most: int = 15
+    cap: float = 0.5
+    steady_share: float = 0.02
+
+
+LAYER = Effort()
+NETWORK = Effort(value=5e-3, least=11, most=31, cap=5.0, steady_share=0.01)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What was measured, in seconds per run; `loops` runs per value after `warmup` runs."""
+
+    values: tuple[float, ...]
+    loops: int
+    warmup: int
+    median: float
+    iqr: float
+    p90: float
+    steady: bool
+
+
+@dataclass
+class Series:
+    """The values of one subject as they come in."""
+
+    subject: Subject
+    effort: Effort = LAYER
+    values: list[float] = field(default_factory=list)
+    loops: int = 0
+    warmup: int = 0
+    spent: float = 0.0
+
+    def warm_up(self) -> None:
+        """Run once cold, then in doubling loops until one lasts as long as a value: this sets the number of loops."""
+        self.spent, loops = self.subject.seconds(1), 1
+        took = self.subject.seconds(loops)
+        while took < self.effort.value and loops < MOST_LOOPS:
+            self.spent, self.warmup, loops = self.spent + took, self.warmup + loops, loops * 2
+            took = self.subject.seconds(loops)
+        self.spent, self.warmup = self.spent + took, self.warmup + loops + 1
+        self.loops = max(1, round(loops * min(1.0, self.effort.value / took))) if took > 0 else loops
+
+    def extend(self) -> None:
+        """Take one more value."""
+        took = self.subject.seconds(self.loops)
+        self.spent += took
+        self.values.append(took / self.loops)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to be taken."""
+        count = len(self.values)
+        if count < self.effort.least:
+            return False
+        return count >= self.effort.most or self.spent >= self.effort.cap or self._steady()
+
+    def timing(self) -> Timing:
+        """The series so far, summed up; it has at least one value."""
+        low, median, high, p90 = (float(q) for q in np.percentile(self.values, (25, 50, 75, 90)))
+        return Timing(tuple(self.values), self.loops, self.warmup, median, high - low, p90, self._steady())
+
+    def _steady(self) -> bool:
+        low, median, high = np.percentile(self.values, (25, 50, 75))
+        return bool(NOTCH * (high - low) / len(self.values) ** 0.5 <= self.effort.steady_share * median)
+
+
+def measure(subject: Subject, effort: Effort = LAYER) -> Timing:
+    """Time one subject alone."""
+    (timing,) = interleave([Series(subject, effort)], np.random.default_rng(0))
+    return timing
+
+
+def interleave(series: Sequence[Series], rng: np.random.Generator) -> list[Timing]:
+    """Time several subjects round by round until each is done; series are warmed up here if they were not."""
+    for one in series:
+        if not one.loops:
+            one.warm_up()
+    while waiting := [one for one in series if not one.done]:
+        for i in rng.permutation(len(waiting)):
+            waiting[i].extend()
+    return [one.timing() for one in series]
