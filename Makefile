@@ -1,0 +1,42 @@
+# Every target makes the environment it needs; PYTHON chooses the interpreter, PIP_FLAGS what pip is told.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+SOURCES := latency_profiler service workers migrations tests benchmarks
+
+.PHONY: demo up test check format openapi
+.DEFAULT_GOAL := check
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Secateurs needs Python 3.11 or newer; set PYTHON=…")'
+	$(PYTHON) -m venv .venv
+
+# The stamps are older than pyproject.toml when the environment is out of date.
+.venv/.all: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[all]'
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	touch .venv/.all $@
+
+demo:
+	@start=$$(date +%s) && $(MAKE) --no-print-directory .venv/.all && \
+	exec $(BIN)/python -m service.demo --install-seconds $$(( $$(date +%s) - start ))
+
+up: .venv/.all
+	exec $(BIN)/secateurs up
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: .venv/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m service.admin check
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)

