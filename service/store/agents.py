@@ -1,0 +1,176 @@
+"""What the agents of devices do: take work, and hand in what they measured.
+
+Every call locks the device's row first (`devices.beat`): the agents of one device take turns, and a batch that is
+repeated while its first answer is on the way finds that answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from latency_profiler.calibration import FITTED, HELD_OUT, calibration_networks, fit_networks
+from latency_profiler.errors import SecateursError
+from latency_profiler.spaces.space import Space
+from service.store import devices, measurements, work
+from service.store.models import Device, LookupTable, Measurement, TableFit, Upload, Work, WorkKind, WorkState
+
+
+class UploadConflict(SecateursError):
+    """An upload's id was used before with other contents."""
+
+    def __init__(self, upload_id: str) -> None:
+        self.upload_id = upload_id
+        super().__init__(f"upload {upload_id!r} was stored with other contents; use a new id for new results")
+
+
+class FingerprintMismatch(SecateursError):
+    """Results under a fingerprint that is not the device's current one: lease again, under the new one.
+
+    Attributes:
+        current: the SHA-256 that results must carry; None when no agent has presented one.
+    """
+
+    def __init__(self, device: str, given: str, current: str | None) -> None:
+        self.current = current
+        super().__init__(
+            f"{device!r} measures under fingerprint {current}, not {given[:64]}; drop these results and lease anew"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One result of an agent: seconds with their raw values, or the reason why there are none."""
+
+    work_id: int
+    kind: WorkKind
+    key: str
+    seconds: float = 0.0
+    iqr: float = 0.0
+    steady: bool = True
+    values: Sequence[float] = ()
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Results that an agent hands in at once; `fingerprint` is the SHA-256 that they were measured under."""
+
+    upload_id: str
+    lease_id: str
+    fingerprint: str
+    outcomes: Sequence[Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """Work for an agent; `woken` says that jobs can go on now."""
+
+    lease_id: str
+    table_id: str
+    works: Sequence[Work]
+    woken: bool
+
+
+def lease(session: Session, device: Device, facts: dict[str, Any], limit: int, seconds: float) -> Leased:
+    """Give an agent work for some seconds, after switching to the table of its fingerprint.
+
+    New facts of what the agent runs on open a new table; known ones bring their old table back.
+    """
+    devices.beat(session, device)
+    table_id = measurements.open_table(session, device, facts)
+    woken = measurements.switch(session, device, table_id)
+    measurements.plan(session, device)
+    woken |= _settle(session, device, work.give_up_lost(session, table_id))
+    lease_id, works = work.lease(session, table_id, limit, seconds)
+    return Leased(lease_id, table_id, works, woken)
+
+
+def record(session: Session, device: Device, batch: Batch) -> tuple[dict[str, int], bool]:
+    """Store an agent's results; the same batch again is answered with the stored response.
+
+    The first measurement of a key stands, and a measurement stands against a failure whichever comes first: results
+    may come repeated, late, split or in any order. Work that the table does not know is ignored.
+
+    Returns:
+        The response: how many were stored, repeated, failed, ignored. And whether jobs can go on now.
+
+    Raises:
+        UploadConflict: the id was used with other contents.
+        FingerprintMismatch: the results are not those of the current table.
+    """
+    devices.beat(session, device)
+    sha = measurements.canonical_sha(asdict(batch))
+    if (stored := session.get(Upload, (device.id, batch.upload_id))) is not None:
+        if stored.body_sha != sha:
+            raise UploadConflict(batch.upload_id)
+        return stored.response, False
+    table = measurements.current_table(session, device)
+    fingerprint = measurements.current_fingerprint(session, device)
+    if table is None or fingerprint is None or fingerprint.sha256 != batch.fingerprint:
+        raise FingerprintMismatch(device.name, batch.fingerprint, fingerprint and fingerprint.sha256)
+    response, touched = _take(session, table, batch)
+    session.add(Upload(device_id=device.id, upload_id=batch.upload_id, body_sha=sha, response=response))
+    session.flush()
+    return response, _settle(session, device, touched)
+
+
+def _take(session: Session, table: LookupTable, batch: Batch) -> tuple[dict[str, int], set[str]]:
+    """Store what is new of a batch; returns the counts, and the keys whose work ended by it."""
+    ids = {outcome.work_id for outcome in batch.outcomes}
+    known = {row.id: row for row in session.scalars(select(Work).where(Work.table_id == table.id, Work.id.in_(ids)))}
+    counts, touched, rows = dict.fromkeys(("stored", "repeated", "failed", "ignored"), 0), set(), []
+    for outcome in batch.outcomes:
+        item = known.get(outcome.work_id)
+        if item is None or (item.kind, item.key) != (outcome.kind, outcome.key):
+            counts["ignored"] += 1
+        elif item.state is WorkState.DONE or (item.state is WorkState.FAILED and outcome.error is not None):
+            counts["repeated"] += 1
+        else:
+            touched.add(item.key)
+            item.error = outcome.error
+            item.state = WorkState.DONE if outcome.error is None else WorkState.FAILED
+            counts["stored" if outcome.error is None else "failed"] += 1
+            if outcome.error is None:
+                rows.append(_measured(table, item, outcome, batch.upload_id))
+    if rows:
+        session.execute(insert(Measurement), rows)
+    return counts, touched
+
+
+def _measured(table: LookupTable, item: Work, outcome: Outcome, upload_id: str) -> dict[str, Any]:
+    return {
+        "table_id": table.id, "fingerprint_id": table.fingerprint_id, "kind": item.kind, "key": item.key,
+        "payload": item.payload, "seconds": outcome.seconds, "iqr": outcome.iqr, "steady": outcome.steady,
+        "values": list(outcome.values), "conditions": dict(outcome.conditions), "upload_id": upload_id,
+    }  # fmt: skip
+
+
+def _settle(session: Session, device: Device, touched: set[str]) -> bool:
+    """After work ended: fit the profiles that became complete, and wake jobs where something they wait for is there."""
+    if not touched or device.table_id is None:
+        return False
+    still_open = work.open_keys(session, device.table_id)
+    ready = any(map(work.for_job, touched)) and not any(map(work.for_job, still_open))
+    for profile in measurements.profiles(session, device):
+        keys = work.profile_keys(work.profile_space(profile), profile.points)
+        if keys & touched and not keys & still_open:
+            _fit(session, device, work.profile_space(profile))
+            ready = True
+    return ready and measurements.wake(session)
+
+
+def _fit(session: Session, device: Device, space: Space) -> None:
+    """Fit a space's overhead and slope from the networks of the current table; a table without a line keeps none."""
+    table = measurements.load_table(session, device.name)
+    pairs: dict[str, list[tuple[float, float]]] = {FITTED: [], HELD_OUT: []}
+    for channels, purpose in calibration_networks(space):
+        seconds = measurements.measured_network(session, device, work.network_item(space, channels, purpose).key)
+        if seconds is not None and not table.missing(space.layers(channels)):
+            total = sum(price.seconds for price in table.price(space, channels).layers)
+            pairs[purpose].append((total, seconds))
+    if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT])) is not None:
+        session.merge(TableFit(table_id=device.table_id, space_key=space.key, **asdict(fit)))

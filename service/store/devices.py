@@ -1,0 +1,94 @@
+"""Devices: machines that measure, and the tokens of their agents."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from latency_profiler.errors import AlreadyExists, NotFound, SecateursError
+from service.store.keys import issue_secret
+from service.store.models import TERMINAL, Device, Job, now
+
+ALIVE_SECONDS = 60.0
+"""A device whose agent has not been heard for so long is away."""
+
+
+class DeviceInUse(SecateursError):
+    """Jobs that have not ended name the device.
+
+    Attributes:
+        name, job_ids: the device and the jobs.
+    """
+
+    def __init__(self, name: str, job_ids: Sequence[str]) -> None:
+        self.name, self.job_ids = name, tuple(job_ids)
+        super().__init__(f"{len(job_ids)} unfinished jobs need {name!r} (first: {job_ids[0]}); cancel them first")
+
+
+def register(session: Session, name: str, description: str = "") -> tuple[Device, str]:
+    """A new device and its agent's token, which is not stored and cannot be shown again.
+
+    Raises:
+        AlreadyExists: the name is taken.
+    """
+    token = issue_secret("device")
+    device = Device(name=name, description=description, token_prefix=token.prefix, token_digest=token.digest)
+    session.add(device)
+    try:
+        session.flush()
+    except IntegrityError as error:
+        raise AlreadyExists("device", name) from error
+    return device, token.secret
+
+
+def get(session: Session, name: str) -> Device:
+    """One device.
+
+    Raises:
+        NotFound: no device has this name.
+    """
+    device = session.scalar(select(Device).where(Device.name == name))
+    if device is None:
+        raise NotFound("device", name)
+    return device
+
+
+def list_all(session: Session) -> Sequence[Device]:
+    """All devices by name."""
+    return session.scalars(select(Device).order_by(Device.name)).all()
+
+
+def delete(session: Session, name: str) -> None:
+    """Forget a device, its tables and its token.
+
+    Raises:
+        NotFound: no device has this name.
+        DeviceInUse: a job that has not ended names it.
+    """
+    device = get(session, name)
+    running = session.execute(select(Job.id, Job.spec).where(Job.state.not_in(TERMINAL)).order_by(Job.created_at))
+    if jobs := [job_id for job_id, spec in running if name in _named(spec)]:
+        raise DeviceInUse(name, jobs)
+    session.delete(device)
+
+
+def lock(session: Session, device: Device) -> None:
+    """Lock a device until the commit and read it again: whoever changes its tables or work takes turns."""
+    session.refresh(device, with_for_update=True)
+
+
+def beat(session: Session, device: Device) -> None:
+    """Lock a device like `lock`, and note that its agent was heard."""
+    session.execute(update(Device).where(Device.id == device.id).values(beat_at=now()))
+    session.refresh(device)
+
+
+def alive(session: Session, device: Device) -> bool:
+    """Whether the agent was heard lately, by the database's clock."""
+    return device.beat_at is not None and session.scalars(select(now())).one() - device.beat_at < ALIVE_SECONDS
+
+
+def _named(spec: dict[str, Any]) -> set[str]:
+    return {*spec["measure_on"], *(bound["device"] for bound in spec["constraints"] if bound.get("device"))}

@@ -1,0 +1,245 @@
+"""Lookup tables in the database, and what is asked of them: profiles, coverage, whole networks.
+
+A device has one table per fingerprint and one current table: that of the fingerprint that its agent presented last.
+Calls that change a device's tables lock its row first (`devices.lock`, `devices.beat`), so they take turns.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import Session
+
+from latency_profiler.errors import MeasurementFailed
+from latency_profiler.layers import Layer
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
+from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import Space
+from service.store import devices, jobs, work
+from service.store.bulk import insert_missing
+from service.store.models import (
+    Device,
+    Fingerprint,
+    JobState,
+    LookupTable,
+    Measurement,
+    Profile,
+    TableFit,
+    Work,
+    WorkKind,
+    WorkState,
+)  # fmt: skip
+
+FULL = 31
+"""Points of a profile that measures every choice."""
+SAMPLED = 6
+"""Points that suffice to price every structure of a space, interpolated."""
+
+
+def canonical_sha(value: Any) -> str:
+    """SHA-256 of a JSON value, written with sorted keys and without spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def request_profile(
+    session: Session, device: Device, space_arguments: dict[str, Any], mode: Literal["full", "sampled"], points: int
+) -> Profile:
+    """Ask for the layers of a space to be measured on a device; asking again changes nothing.
+
+    `space_arguments` are those of `get_space`, `points` the widths per slot (a full profile has all of them, whatever
+    is given).
+    """
+    space, points = get_space(**space_arguments), FULL if mode == "full" else points
+    row = {
+        "device_id": device.id, "space_key": space.key, "space": space_arguments, "mode": mode, "points": points,
+    }  # fmt: skip
+    insert_missing(session, Profile, [row])
+    profile = session.scalars(
+        select(Profile).filter_by(device_id=device.id, space_key=space.key, mode=mode, points=points)
+    ).one()
+    if device.table_id is not None and profile.planned_table_id != device.table_id:
+        work.plan_profile(session, profile, device.table_id)
+    return profile
+
+
+def profiles(session: Session, device: Device) -> Sequence[Profile]:
+    """A device's profiles, oldest first."""
+    query = select(Profile).where(Profile.device_id == device.id)
+    return session.scalars(query.order_by(Profile.created_at, Profile.id)).all()
+
+
+def current_table(session: Session, device: Device) -> LookupTable | None:
+    """The table of the fingerprint that the device's agent presented last."""
+    return session.get(LookupTable, device.table_id) if device.table_id else None
+
+
+def current_fingerprint(session: Session, device: Device) -> Fingerprint | None:
+    """What the device's agent runs on, as it said last."""
+    table = current_table(session, device)
+    return session.get(Fingerprint, table.fingerprint_id) if table else None
+
+
+def load_table(session: Session, device_name: str) -> LatencyTable:
+    """The current table of a device: measured layers and fits; empty when no agent has come yet.
+
+    Raises:
+        NotFound: no device has this name.
+    """
+    device = devices.get(session, device_name)
+    fingerprint = current_fingerprint(session, device)
+    if device.table_id is None or fingerprint is None:
+        return LatencyTable(device.name, "")
+    entries = {entry.layer.key: entry for entry in _entries(session, device.table_id)}
+    return LatencyTable(device.name, fingerprint.sha256, entries, fits(session, device.table_id))
+
+
+def fits(session: Session, table_id: str) -> dict[str, Fit]:
+    """Space key → fit of a table."""
+    rows = session.scalars(select(TableFit).where(TableFit.table_id == table_id))
+    return {
+        row.space_key: Fit(row.overhead, row.slope, row.fitted_on, row.held_out, row.mean_error, row.max_error)
+        for row in rows
+    }  # fmt: skip
+
+
+def coverage(session: Session, device: Device, space: Space, points: int | None) -> list[str]:
+    """Keys of a space's planned layers (`plan_layers`) that the device's current table cannot price."""
+    return load_table(session, device.name).missing(plan_layers(space, points))
+
+
+def layers_missing(session: Session, device_name: str, space: Space) -> list[str]:
+    """Keys of the layers that must be measured before every structure of a space can be priced.
+
+    Raises:
+        NotFound: no device has this name.
+    """
+    return coverage(session, devices.get(session, device_name), space, SAMPLED)
+
+
+def failures(session: Session, device: Device) -> dict[str, str]:
+    """Key → reason of all that could not be measured for the device's current table."""
+    query = select(Work.key, Work.error).where(Work.table_id == device.table_id, Work.state == WorkState.FAILED)
+    return {key: error or "failed" for key, error in session.execute(query)}
+
+
+def request_networks(
+    session: Session, device: Device, items: Iterable[tuple[Space, Sequence[int], str]], priority: int = 0
+) -> list[str]:
+    """Ask for whole networks (space, channels, purpose) to be measured for the device's current table.
+
+    Asking again changes nothing, so a job asks whenever it looks: the table may be another one by then. Without a
+    table nothing is planned yet.
+
+    Returns:
+        Their keys, for `network_seconds`.
+    """
+    networks = [work.network_item(space, channels, purpose) for space, channels, purpose in items]
+    if device.table_id is not None:
+        work.add(session, device.table_id, networks, priority)
+    return [network.key for network in networks]
+
+
+def network_seconds(session: Session, device: Device, key: str) -> float | None:
+    """Measured seconds of a network on the device's current table; None while it waits.
+
+    Raises:
+        MeasurementFailed: the device tried and could not; the message is its reason.
+    """
+    seconds = measured_network(session, device, key)
+    if seconds is None and (reason := failures(session, device).get(key)) is not None:
+        raise MeasurementFailed(f"{device.name} could not measure {key}: {reason}")
+    return seconds
+
+
+def import_table(session: Session, device: Device, table: LatencyTable) -> tuple[int, bool]:
+    """Take the entries and fits of a table that was measured elsewhere, under a fingerprint of their own.
+
+    Entries that were imported from the same source before stay as they are.
+
+    Returns:
+        How many entries are new, and whether the table is the device's current one: it becomes that only where no
+        agent has come.
+    """
+    devices.lock(session, device)
+    table_id = open_table(session, device, {"imported": True, "source": table.fingerprint})
+    row = session.get_one(LookupTable, table_id)
+    known = set(session.scalars(select(Measurement.key).where(Measurement.table_id == table_id)))
+    new = [entry for key, entry in table.entries.items() if key not in known]
+    if new:
+        session.execute(insert(Measurement), [_imported(row, entry) for entry in new])
+    for key, fit in table.fits.items():
+        session.merge(TableFit(table_id=table_id, space_key=key, **asdict(fit)))
+    keys = select(Measurement.key).where(Measurement.table_id == table_id)
+    done = update(Work).where(Work.table_id == table_id, Work.key.in_(keys)).values(state=WorkState.DONE)
+    session.execute(done, execution_options={"synchronize_session": False})
+    if device.table_id is None:
+        switch(session, device, table_id)
+    return len(new), device.table_id == table_id
+
+
+def open_table(session: Session, device: Device, facts: dict[str, Any]) -> str:
+    """Id of the device's table for these facts, made where there is none; the device is locked."""
+    sha = canonical_sha(facts)
+    fingerprint = session.scalar(select(Fingerprint).filter_by(device_id=device.id, sha256=sha))
+    if fingerprint is None:
+        fingerprint = Fingerprint(device_id=device.id, sha256=sha, facts=facts)
+        session.add(fingerprint)
+        session.flush()
+        session.add(LookupTable(device_id=device.id, fingerprint_id=fingerprint.id))
+    query = select(LookupTable.id).filter_by(device_id=device.id, fingerprint_id=fingerprint.id)
+    return session.scalars(query).one()
+
+
+def switch(session: Session, device: Device, table_id: str) -> bool:
+    """Make a table the current one; returns whether jobs that wait for a device must look again."""
+    if device.table_id == table_id:
+        return False
+    if device.table_id is not None:
+        work.carry_over(session, device.table_id, table_id)
+    device.table_id = table_id
+    plan(session, device)
+    return wake(session)
+
+
+def plan(session: Session, device: Device) -> None:
+    """Plan the profiles that the current table has no work for yet."""
+    for profile in profiles(session, device):
+        if device.table_id is not None and profile.planned_table_id != device.table_id:
+            work.plan_profile(session, profile, device.table_id)
+
+
+def wake(session: Session) -> bool:
+    return jobs.wake(session, (JobState.PROFILING, JobState.VERIFYING)) > 0
+
+
+def _imported(table: LookupTable, entry: Entry) -> dict[str, Any]:
+    """A layer measured elsewhere: its raw values are not known, only how many there were."""
+    return {
+        "table_id": table.id, "fingerprint_id": table.fingerprint_id, "kind": WorkKind.LAYER, "key": entry.layer.key,
+        "payload": {"layer": entry.layer.to_json(), "count": entry.count}, "seconds": entry.seconds, "iqr": entry.iqr,
+        "steady": entry.steady, "values": [], "conditions": {"source": "imported"}, "upload_id": "import",
+    }  # fmt: skip
+
+
+def _entries(session: Session, table_id: str) -> list[Entry]:
+    """Measured layers of a table; the raw values stay in the database."""
+    count = func.json_array_length(Measurement.values)
+    rows = session.execute(
+        select(Measurement.payload, Measurement.seconds, Measurement.iqr, count, Measurement.steady)
+        .where(Measurement.table_id == table_id, Measurement.kind == WorkKind.LAYER)
+        .order_by(Measurement.key)
+    )
+    return [
+        Entry(Layer.from_json(payload["layer"]), seconds, iqr, payload.get("count", count), steady)
+        for payload, seconds, iqr, count, steady in rows
+    ]  # fmt: skip
+
+
+def measured_network(session: Session, device: Device, key: str) -> float | None:
+    query = select(Measurement.seconds).where(
+        Measurement.table_id == device.table_id, Measurement.kind == WorkKind.NETWORK, Measurement.key == key
+    )  # fmt: skip
+    return session.scalar(query)

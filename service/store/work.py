@@ -1,0 +1,141 @@
+"""Measuring work: planned once per table, leased to agents, done or failed.
+
+Layers are measured before the whole networks of their profile, and a profile before those that were asked for later;
+networks that a job waits for go before all of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from latency_profiler.calibration import FITTED, HELD_OUT, calibration_networks
+from latency_profiler.lookup_table import plan_layers
+from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import Space
+from service.store.bulk import insert_missing
+from service.store.models import Measurement, Profile, Work, WorkKind, WorkState, new_id, now
+
+MOST_LEASES = 3
+"""Work that was leased so often and never answered has failed: it may kill the agent."""
+OPEN = (WorkState.WAITING, WorkState.LEASED)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to measure: its key in a table, and what the agent is sent."""
+
+    kind: WorkKind
+    key: str
+    payload: dict[str, Any]
+
+
+def network_item(space: Space, channels: Sequence[int], purpose: str) -> Item:
+    """A whole network; the purpose keeps measurements of one structure for different ends apart."""
+    key = f"{space.key}|{space.digest(channels)}|{purpose}"
+    payload = {
+        "nodes": [asdict(node) for node in space.nodes(channels)],
+        "space_key": space.key, "channels": list(space.complete(channels)), "purpose": purpose,
+    }  # fmt: skip
+    return Item(WorkKind.NETWORK, key, payload)
+
+
+def profile_items(space: Space, points: int) -> list[Item]:
+    """What a profile measures: layers, then the networks that their sum is calibrated on."""
+    layers = [Item(WorkKind.LAYER, layer.key, {"layer": layer.to_json()}) for layer in plan_layers(space, points)]
+    return layers + [network_item(space, channels, purpose) for channels, purpose in calibration_networks(space)]
+
+
+@lru_cache(maxsize=64)
+def profile_keys(space: Space, points: int) -> frozenset[str]:
+    """Keys of `profile_items`; those of layers and of networks cannot be equal."""
+    return frozenset(item.key for item in profile_items(space, points))
+
+
+def profile_space(profile: Profile) -> Space:
+    """The space of a profile."""
+    return get_space(**profile.space)
+
+
+def for_job(key: str) -> bool:
+    """Whether a key is that of a network that a job waits for, and no layer or calibration network."""
+    return "|" in key and key.rpartition("|")[2] not in (FITTED, HELD_OUT)
+
+
+def plan_profile(session: Session, profile: Profile, table_id: str) -> None:
+    """Plan what a table lacks of a profile, behind all profiles that are planned for it already."""
+    query = select(func.count()).select_from(Profile).where(
+        Profile.device_id == profile.device_id, Profile.planned_table_id == table_id, Profile.id != profile.id
+    )  # fmt: skip
+    priority = 10 * (1 + session.scalars(query).one())
+    measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == table_id)))
+    items = [item for item in profile_items(profile_space(profile), profile.points) if item.key not in measured]
+    add(session, table_id, [item for item in items if item.kind is WorkKind.LAYER], priority)
+    add(session, table_id, [item for item in items if item.kind is WorkKind.NETWORK], priority + 1)
+    profile.planned_table_id = table_id
+
+
+def add(session: Session, table_id: str, items: Iterable[Item], priority: int) -> None:
+    """Plan items for a table; what is planned, done or failed already stays as it is."""
+    rows = [
+        {"table_id": table_id, "kind": item.kind, "key": item.key, "payload": item.payload, "priority": priority}
+        for item in items
+    ]  # fmt: skip
+    insert_missing(session, Work, rows)
+
+
+def carry_over(session: Session, old_table_id: str, table_id: str) -> None:
+    """Plan for a new table the networks that jobs still wait for under the old one."""
+    query = select(Work).where(
+        Work.table_id == old_table_id, Work.kind == WorkKind.NETWORK, Work.state.in_(OPEN)
+    )  # fmt: skip
+    for work in session.scalars(query.order_by(Work.id)):
+        if for_job(work.key):
+            add(session, table_id, [Item(work.kind, work.key, work.payload)], work.priority)
+
+
+def give_up_lost(session: Session, table_id: str) -> set[str]:
+    """Fail the work whose leases all ran out; returns its keys."""
+    lost = (
+        update(Work)
+        .where(Work.table_id == table_id, Work.state == WorkState.LEASED)
+        .where(Work.lease_until < now(), Work.attempts >= MOST_LEASES)
+        .values(state=WorkState.FAILED, error=f"leased {MOST_LEASES} times without an answer")
+    )
+    return set(session.scalars(lost.returning(Work.key), execution_options={"synchronize_session": False}))
+
+
+def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[str, Sequence[Work]]:
+    """Id of a new lease and the work that it holds; the caller holds the device's lock.
+
+    Work whose lease ran out is given away again; its late result is still taken if it comes first.
+    """
+    free = or_(
+        Work.state == WorkState.WAITING,
+        (Work.state == WorkState.LEASED) & (Work.lease_until < now()),
+    )  # fmt: skip
+    query = select(Work).where(Work.table_id == table_id, free).order_by(Work.priority, Work.id).limit(limit)
+    works = session.scalars(query).all()
+    lease_id, until = new_id(), session.scalars(select(now())).one() + seconds
+    for work in works:
+        work.state, work.lease_id, work.lease_until = WorkState.LEASED, lease_id, until
+        work.attempts += 1
+    session.flush()
+    return lease_id, works
+
+
+def open_keys(session: Session, table_id: str) -> set[str]:
+    """Keys of the work of a table that waits or is leased."""
+    return set(session.scalars(select(Work.key).where(Work.table_id == table_id, Work.state.in_(OPEN))))
+
+
+def retry_failed(session: Session, profile: Profile) -> None:
+    """Give the failed work of a profile another chance."""
+    query = select(Work).where(Work.table_id == profile.planned_table_id, Work.state == WorkState.FAILED)
+    keys = profile_keys(profile_space(profile), profile.points)
+    for work in session.scalars(query):
+        if work.key in keys:
+            work.state, work.attempts, work.error = WorkState.WAITING, 0, None
