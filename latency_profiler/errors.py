@@ -1,18 +1,20 @@
 """Every error that a caller can decide about.
 
-    SecateursError
-    ├── InvalidInput                 the caller's mistake; the message says what would be right
-    │   ├── UnknownSpace
-    │   ├── InvalidEncoding
-    │   ├── InvalidChannels
-    │   └── InvalidDataset
-    ├── NotFound                     nothing has this name or id
-    ├── InfeasibleConstraint         no structure of the space satisfies the budget
-    ├── MissingLatencies             a lookup table lacks layers that were asked for
-    ├── MeasurementFailed            a layer could not be measured; the reason is data
-    ├── RuntimeUnavailable           the runtime's package is not installed
-    └── ServiceError                 the service answered with a problem document
-        └── ServiceUnreachable       it did not answer at all
+SecateursError
+├── InvalidInput                 the caller's mistake; the message says what would be right
+│   ├── UnknownSpace
+│   ├── InvalidEncoding
+│   ├── InvalidChannels
+│   └── InvalidDataset
+├── NotFound                     nothing has this name or id
+├── InfeasibleConstraint         no structure of the space satisfies the budget
+├── NothingFeasible              no structure was found that satisfies all constraints together
+├── DamagedCheckpoint            a checkpoint is missing or not what was saved
+├── MissingLatencies             a lookup table lacks layers that were asked for
+├── MeasurementFailed            a layer could not be measured; the reason is data
+├── RuntimeUnavailable           the runtime's package is not installed
+└── ServiceError                 the service answered with a problem document
+└── ServiceUnreachable       it did not answer at all
 """
 
 from collections.abc import Sequence
@@ -59,6 +61,18 @@ class NotFound(SecateursError):
         super().__init__(f"no {kind} {name!r}" + (f"; there are: {', '.join(known)}" if known else ""))
 
 
+class AlreadyExists(SecateursError):
+    """Something of this kind has this name already.
+
+    Attributes:
+        kind, name: what was to be made.
+    """
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name = kind, name
+        super().__init__(f"there is a {kind} {name!r} already; choose another name")
+
+
 class InfeasibleConstraint(SecateursError):
     """No structure satisfies a constraint.
 
@@ -74,6 +88,20 @@ class InfeasibleConstraint(SecateursError):
         super().__init__(
             f"no structure has {metric} within {asked:g}{where}: the space reaches from {smallest:g} to {largest:g}"
         )
+
+
+class NothingFeasible(SecateursError):
+    """A bounded search found no structure that satisfies all constraints together, though each alone can be met."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no structure was found that satisfies all constraints together; "
+            "widen a bound, or lower the least share of the budget that candidates must use"
+        )
+
+
+class DamagedCheckpoint(SecateursError):
+    """A checkpoint is missing, or its content is not what was saved."""
 
 
 class MissingLatencies(SecateursError):

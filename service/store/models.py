@@ -9,8 +9,21 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
-    JSON, BigInteger, Boolean, CheckConstraint, Double, Enum, ForeignKey, ForeignKeyConstraint, Index, Integer,
-    MetaData, String, Text, UniqueConstraint, text,
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Double,
+    Enum,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
 )  # fmt: skip
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -268,6 +281,8 @@ class Dataset(Base):
     path: Mapped[str | None] = mapped_column(Text)
     """Below the data root; None for built-in data."""
     classes: Mapped[int]
+    image_size: Mapped[int]
+    """Side of its images as they are used, in pixels."""
     train_images: Mapped[int]
     test_images: Mapped[int]
     created_at: Mapped[float] = mapped_column(default=now())
@@ -392,7 +407,8 @@ class Candidate(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "generation", "position"),
         UniqueConstraint("job_id", "encoding_key"),
-        Index(None, "space_key", "dataset_id", "proxy_accuracy"),
+        Index("ix_candidates_best", "space_key", "dataset_id", "proxy_accuracy", "id", "flops", "parameters", "structure_id"),
+        Index(None, "space_key", "dataset_id", "flops"),
         Index(None, "structure_id"),
     )
     id: Mapped[int] = mapped_column(BigId, primary_key=True)

@@ -1,0 +1,93 @@
+"""What happens around every request: its id, one log line, its metrics, and the last line of defence."""
+
+import json
+import logging
+import re
+import time
+import uuid
+
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import MEDIA_TYPE, problem
+
+REQUESTS = Counter("secateurs_requests", "Answered requests", ["method", "route", "status"])
+SECONDS = Histogram("secateurs_request_seconds", "Seconds until an answer was complete", ["method", "route"])
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+GIVEN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+log = logging.getLogger("secateurs.access")
+
+
+class Traffic:
+    """ASGI middleware; it also turns plain-text errors and unexpected exceptions into problem documents."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        try:
+            await self.app(scope, receive, exchange.send)
+        except Exception:
+            log.exception("request %s failed", exchange.id)
+            if exchange.status is not None:
+                raise
+            detail = f"an unexpected error; the log has it under request {exchange.id}"
+            await problem(500, None, detail)(scope, receive, exchange.send)
+        finally:
+            exchange.record()
+
+
+class _Exchange:
+    """One request and what has been answered so far."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Request(scope).headers.get("x-request-id", "")
+        self.id = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+        self.status: int | None = None
+        self._scope, self._receive, self._send = scope, receive, send
+        self._replaced = False
+        self._began = time.perf_counter()
+
+    async def send(self, message: Message) -> None:
+        """Pass a part of the answer on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            replacement = _replacement(message)
+            MutableHeaders(scope=message)["X-Request-ID"] = self.id
+            if replacement is not None:
+                self._replaced = True
+                replacement.headers["X-Request-ID"] = self.id
+                await replacement(self._scope, self._receive, self._send)
+                return
+        if not self._replaced:
+            await self._send(message)
+
+    def record(self) -> None:
+        """One log line and the metrics."""
+        seconds = time.perf_counter() - self._began
+        method = self._scope["method"] if self._scope["method"] in METHODS else "other"
+        route = getattr(self._scope.get("route"), "path", "unmatched")
+        REQUESTS.labels(method, route, str(self.status)).inc()
+        SECONDS.labels(method, route).observe(seconds)
+        facts = {
+            "request": self.id, "method": method, "route": route, "path": self._scope["path"][:200],
+            "status": self.status, "seconds": round(seconds, 4),
+        }  # fmt: skip
+        log.info("%s", json.dumps(facts))
+
+
+def _replacement(start: Message) -> Response | None:
+    """The problem document for an error that a layer below has answered in plain text, e.g. 413 of the body limit."""
+    content_type = Headers(raw=start["headers"]).get("content-type", "")
+    if start["status"] < 400 or content_type.startswith(MEDIA_TYPE):
+        return None
+    detail = "the body is larger than this route takes" if start["status"] == 413 else "the request was refused"
+    return problem(start["status"], None, detail)
