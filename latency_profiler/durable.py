@@ -1,0 +1,19 @@
+"""Files that are there completely or not at all, also after a power failure."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def save(target: Path, content: bytes) -> None:
+    """Write a file; whatever interrupts this, the old content or the new one is there afterwards."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
