@@ -111,7 +111,7 @@ def record(session: Session, device: Device, batch: Batch) -> tuple[dict[str, in
     table = measurements.current_table(session, device)
     fingerprint = measurements.current_fingerprint(session, device)
     if table is None or fingerprint is None or fingerprint.sha256 != batch.fingerprint:
-        raise FingerprintMismatch(device.name, batch.fingerprint, fingerprint and fingerprint.sha256)
+        raise FingerprintMismatch(device.name, batch.fingerprint, fingerprint.sha256 if fingerprint else None)
     response, touched = _take(session, table, batch)
     session.add(Upload(device_id=device.id, upload_id=batch.upload_id, body_sha=sha, response=response))
     session.flush()

@@ -40,7 +40,7 @@ def register(session: Session, name: str, description: str = "") -> tuple[Device
         session.flush()
     except IntegrityError as error:
         raise AlreadyExists("device", name) from error
-    return device, token.secret
+    return device, token.text
 
 
 def get(session: Session, name: str) -> Device:

@@ -212,7 +212,8 @@ def plan(session: Session, device: Device) -> None:
 
 
 def wake(session: Session) -> bool:
-    return jobs.wake(session, (JobState.PROFILING, JobState.VERIFYING)) > 0
+    """Let the jobs that wait for a device look again; returns whether there are any."""
+    return jobs.wake(session, (JobState.PROFILING, JobState.SEARCHING, JobState.VERIFYING)) > 0
 
 
 def _imported(table: LookupTable, entry: Entry) -> dict[str, Any]:
@@ -239,6 +240,7 @@ def _entries(session: Session, table_id: str) -> list[Entry]:
 
 
 def measured_network(session: Session, device: Device, key: str) -> float | None:
+    """Seconds of a network in the device's current table, None where there are none."""
     query = select(Measurement.seconds).where(
         Measurement.table_id == device.table_id, Measurement.kind == WorkKind.NETWORK, Measurement.key == key
     )  # fmt: skip
