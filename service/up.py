@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from latency_profiler.client import Client
+from latency_profiler.durable import save
 from latency_profiler.errors import SecateursError, ServiceError, ServiceUnreachable
 from service.children import Child
 
@@ -81,18 +81,8 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def write_secret(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON that only this user can read, in one step."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
 def read_secret(path: Path) -> dict[str, Any]:
-    """What `write_secret` wrote; empty where there is no such file.
+    """What was saved there; empty where there is no such file.
 
     Raises:
         UpError: the file is damaged.
@@ -234,7 +224,7 @@ class Up:
         path = self.home / "client.json"
         known = read_secret(path).get("key")
         key = known or self._admin(env, "create-key", "--name", "secateurs-up", "--scope", "admin").splitlines()[-1]
-        write_secret(path, {"server": self.url, "key": key})
+        save(path, json.dumps({"server": self.url, "key": key}).encode())  # readable by this user only
         return key, not known
 
     def _token(self, client: Client) -> str:
@@ -249,7 +239,7 @@ class Up:
                 f"device {THIS_MACHINE!r} cannot be registered ({error}); if its token is lost, start with --no-agent "
                 f"and run: secateurs devices remove {THIS_MACHINE}"
             ) from error
-        write_secret(path, {"device": THIS_MACHINE, "token": device["token"]})
+        save(path, json.dumps({"device": THIS_MACHINE, "token": device["token"]}).encode())
         return str(device["token"])
 
     def _spawn(self, name: str, argv: list[str], env: Mapping[str, str]) -> None:

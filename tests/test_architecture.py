@@ -15,7 +15,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {path.relative_to(ROOT).as_posix(): tree for path, tree in TREES.items()}
 LONGEST = 400
 TABLES = "service/store/models.py"
-PRINTERS = {"service/cli.py", "service/tables.py", "service/demo.py", "service/admin.py"}
+PRINTERS = {"service/demo.py"} | {name for name in MODULES if name.startswith("service/commands/")}
 GLOBAL_GENERATORS = ("np.random.", "numpy.random.", "random.", "torch.manual_seed", "torch.random.", "torch.seed")
 OWN_GENERATORS = ("np.random.default_rng", "np.random.Generator", "np.random.PCG64", "np.random.SeedSequence",
                   "np.random.Philox", "random.Random")  # fmt: skip

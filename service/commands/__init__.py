@@ -1,0 +1,1 @@
+"""The commands of `secateurs`: clients of the HTTP service."""

@@ -1,0 +1,184 @@
+"""Submit searches, follow them, and ask what they found."""
+
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.commands import tables
+from service.commands.login import connect
+from service.commands.options import (
+    Count,
+    Devices,
+    ImageSize,
+    JobId,
+    Json,
+    Key,
+    Limit,
+    MaxMs,
+    Server,
+    err,
+    given,
+    latency_bounds,
+    out,
+    parse_count,
+    read_json,
+)  # fmt: skip
+from service.commands.watching import follow
+
+Text = Annotated[str | None, typer.Option()]
+Number = Annotated[int | None, typer.Option(min=1)]
+
+
+def submit(
+    space: Annotated[str | None, typer.Argument(metavar="[SPACE]", help="Search space, e.g. mobilenet_v1.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="What to train on, e.g. digits.")] = None,
+    max_flops: Count = None,
+    min_flops: Count = None,
+    max_parameters: Count = None,
+    device: Devices = None,
+    max_ms: MaxMs = None,
+    measure_on: Annotated[list[str] | None, typer.Option(help="Also measure the winner on this device.")] = None,
+    effort: Annotated[str | None, typer.Option(help="smoke, quick, standard or paper.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    image_size: ImageSize = None,
+    width: Annotated[float | None, typer.Option(help="Width multiplier.")] = None,
+    last_layer: Annotated[str | None, typer.Option(help="free or fixed: the width before the classifier.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the PruningNet.")] = None,
+    generations: Number = None,
+    population: Number = None,
+    retraining_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs from scratch.")] = None,
+    baselines: Annotated[bool | None, typer.Option(help="Also train the uniform network at the budget.")] = None,
+    method: Text = None,
+    name: Annotated[str | None, typer.Option(help="A name of your own.")] = None,
+    file: Annotated[Path | None, typer.Option(help="The job as JSON (- is standard input); options win.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key again submits nothing new.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,
+    server: Server = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a search; prints the job's id."""
+    job = read_json(file) if file else {}
+    counts = {"flops": given(max=parse_count(max_flops), min=parse_count(min_flops)),
+              "parameters": given(max=parse_count(max_parameters))}  # fmt: skip
+    job |= given(
+        space=space, dataset=dataset, constraints=_constraints(counts, latency_bounds(device, max_ms)),
+        measure_on=measure_on, effort=effort, seed=seed, image_size=image_size, width=width, last_layer=last_layer,
+        baselines=baselines, method=method, name=name,
+    )  # fmt: skip
+    for part, options in (
+        ("training", given(epochs=epochs)),
+        ("search", given(generations=generations, population=population)),
+        ("retraining", given(epochs=retraining_epochs)),
+    ):
+        if options:
+            job[part] = (job.get(part) or {}) | options
+    with connect(server, key) as client:
+        submitted = client.submit(job, idempotency_key or uuid.uuid4().hex)
+        if not (as_json and watch):
+            tables.show_json(submitted) if as_json else out.print(submitted["id"], soft_wrap=True)
+        if watch:
+            _watch(client, submitted["id"], as_json)
+
+
+def _constraints(counts: dict[str, dict[str, Any]], latencies: dict[str, float]) -> list[dict[str, Any]]:
+    bounds: list[dict[str, Any]] = [{"metric": metric, **bound} for metric, bound in counts.items() if bound]
+    return bounds + [{"metric": "latency", "device": name, "max_ms": most} for name, most in latencies.items()]
+
+
+def watch(job: JobId, server: Server = None, key: Key = None, as_json: Json = False) -> None:
+    """Follow a job until it ends; exit code 0 only when it succeeded."""
+    with connect(server, key) as client:
+        _watch(client, job, as_json)
+
+
+def _watch(client: Any, job_id: str, as_json: bool) -> None:
+    job = follow(client, job_id, err)
+    tables.show_json(job) if as_json else tables.show_job(out, job)
+    if job["state"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def jobs(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Show this one only.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Limit = 20,
+    cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
+    server: Server = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """List jobs, the newest first, or show one."""
+    with connect(server, key) as client:
+        if job is not None:
+            one = client.job(job)
+            return tables.show_json(one) if as_json else tables.show_job(out, one)
+        page = client.jobs(limit, cursor, state)
+    tables.show_json(page) if as_json else tables.show_jobs(out, page["items"])
+    _hint(page, as_json)
+
+
+def _hint(page: dict[str, Any], as_json: bool) -> None:
+    if page.get("next") and not as_json:
+        err.print(f"there are more: --cursor {page['next']}")
+
+
+def cancel(job: JobId, server: Server = None, key: Key = None, as_json: Json = False) -> None:
+    """Ask a job to stop; it does within a step."""
+    with connect(server, key) as client:
+        answer = client.cancel(job)
+    tables.show_json(answer) if as_json else tables.show_jobs(out, [answer])
+
+
+def candidates(
+    job: JobId,
+    sort: Annotated[str | None, typer.Option(help="What comes first, e.g. proxy_accuracy.")] = None,
+    limit: Limit = 20,
+    cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
+    server: Server = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Every structure that a job judged."""
+    with connect(server, key) as client:
+        page = client.candidates(job, limit, cursor, sort)
+    tables.show_json(page) if as_json else tables.show_structures(out, page["items"])
+    _hint(page, as_json)
+
+
+def best(
+    space: Annotated[str | None, typer.Option(help="Only structures of this space.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only structures trained on this dataset.")] = None,
+    max_flops: Count = None,
+    max_parameters: Count = None,
+    device: Devices = None,
+    max_ms: MaxMs = None,
+    limit: Limit = 10,
+    server: Server = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """The most accurate structures within bounds, across all jobs."""
+    bounds = latency_bounds(device, max_ms)
+    flops, parameters = parse_count(max_flops), parse_count(max_parameters)
+    with connect(server, key) as client:
+        answer = client.best(
+            space, dataset, max_flops=flops, max_parameters=parameters, max_latency_ms=bounds, limit=limit
+        )
+    tables.show_json(answer) if as_json else tables.show_structures(out, answer["items"])
+
+
+def pareto(
+    space: Annotated[str, typer.Option(help="Structures of this space.")],
+    dataset: Annotated[str, typer.Option(help="Structures trained on this dataset.")],
+    device: Annotated[str | None, typer.Option(help="Latency on this device; without one, FLOPs.")] = None,
+    server: Server = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """The front of accuracy against cost."""
+    with connect(server, key) as client:
+        answer = client.pareto(space, dataset, device)
+    tables.show_json(answer) if as_json else tables.show_structures(out, answer["items"])

@@ -1,0 +1,197 @@
+"""How the command line shows what the service answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+def as_json(content: Any) -> str:
+    """One JSON document."""
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def show_json(content: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(as_json(content))
+
+
+def show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+    """A table; numbers stand right."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(_numeric(row[i]) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(text, row))
+    console.print(table)
+    if not rows:
+        console.print("(none)")
+
+
+def _numeric(value: Any) -> bool:
+    return value is None or (str(value)[:1].isdigit() and not isinstance(value, list))
+
+
+def text(value: Any) -> str:
+    """One cell."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case list() | tuple():
+            return ",".join(map(str, value))
+        case float():
+            return f"{value:.4g}"
+        case _:
+            return str(value)
+
+
+def count(value: float | None) -> str | None:
+    """A number of multiply-adds or parameters for people, e.g. `1.50 M`."""
+    if value is None:
+        return None
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return str(int(value))
+
+
+def percent(share: float | None) -> str | None:
+    """An accuracy or a share, e.g. `91.30 %`."""
+    return None if share is None else f"{100 * share:.2f} %"
+
+
+def when(seconds: float | None) -> str | None:
+    """A moment in local time."""
+    return None if seconds is None else f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def milliseconds(latencies: Mapping[str, float] | None) -> str | None:
+    """Latencies by device, e.g. `bench-cpu 0.81`."""
+    return None if not latencies else ", ".join(f"{device} {ms:.3f}" for device, ms in sorted(latencies.items()))
+
+
+def bound(constraint: Row) -> str:
+    """A constraint, e.g. `flops ≤ 1.50 M` or `0.5 ≤ bench-cpu ≤ 0.8 ms`."""
+    if constraint["metric"] == "latency":
+        low, high = constraint.get("min_ms"), constraint["max_ms"]
+        return (f"{low:g} ≤ " if low else "") + f"{constraint['device']} ≤ {high:g} ms"
+    low, high = constraint.get("min"), constraint["max"]
+    return (f"{count(low)} ≤ " if low else "") + f"{constraint['metric']} ≤ {count(high)}"
+
+
+def show_jobs(console: Console, jobs: Sequence[Row]) -> None:
+    """Jobs, one a line."""
+    rows = [
+        [
+            job["id"], job["state"], job["spec"]["space"], job["spec"]["dataset"],
+            ", ".join(map(bound, job["spec"]["constraints"])), when(job.get("created_at")),
+        ]
+        for job in jobs
+    ]  # fmt: skip
+    show(console, ["job", "state", "space", "dataset", "budget", "submitted"], rows)
+
+
+def show_job(console: Console, job: Row) -> None:
+    """One job: what was asked, where it is, what came out."""
+    show_jobs(console, [job])
+    for warning in job.get("warnings") or []:
+        console.print(f"warning: {warning}")
+    if error := job.get("error"):
+        console.print(f"error: {error.get('detail') or error.get('title')}")
+    if result := job.get("result"):
+        show_result(console, result)
+
+
+def show_result(console: Console, result: Row) -> None:
+    """Winner beside the uniform network of the same budget."""
+    roles = [(role, result[role]) for role in ("winner", "uniform") if result.get(role)]
+    rows = [
+        [
+            role, count(one["flops"]), count(one["parameters"]), milliseconds(one.get("predicted_ms")),
+            milliseconds(one.get("measured_ms")), percent(one.get("proxy_accuracy")),
+            percent(one.get("test_accuracy")), one["channels"],
+        ]
+        for role, one in roles
+    ]  # fmt: skip
+    columns = ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy", "channels"]
+    show(console, columns, rows)
+
+
+def show_structures(console: Console, structures: Sequence[Row]) -> None:
+    """Structures or candidates, best first."""
+    rows = [
+        [
+            one.get("structure_id") or one.get("id"), percent(one.get("test_accuracy")),
+            percent(one.get("proxy_accuracy")), count(one["flops"]), count(one["parameters"]),
+            milliseconds(one.get("measured_ms") or one.get("predicted_ms")), one["channels"],
+        ]
+        for one in structures
+    ]  # fmt: skip
+    show(console, ["structure", "test accuracy", "proxy accuracy", "flops", "parameters", "ms", "channels"], rows)
+
+
+def show_devices(console: Console, devices: Sequence[Row]) -> None:
+    """Devices, one a line."""
+    rows = [
+        [
+            one["name"],
+            "yes" if one.get("alive") else "no",
+            when(one.get("beat_at")),
+            one.get("measured"),
+            one.get("waiting"),
+        ]
+        for one in devices
+    ]
+    show(console, ["device", "alive", "last beat", "measured", "waiting"], rows)
+
+
+def show_datasets(console: Console, datasets: Sequence[Row]) -> None:
+    """Datasets, one a line."""
+    rows = [
+        [one["name"], one.get("classes"), one.get("image_size"), one.get("train_images"), one.get("test_images")]
+        for one in datasets
+    ]
+    show(console, ["dataset", "classes", "image size", "training images", "test images"], rows)
+
+
+def show_price(console: Console, price: Row) -> None:
+    """A structure's costs, layer by layer."""
+    priced = "latency_ms" in price
+    rows = [
+        [
+            layer["name"], layer["c_in"], layer["c_out"], layer["size"],
+            count(layer["flops"]), count(layer["parameters"]),
+            *([f"{layer['latency_ms']:.4f}", percent(layer["share"]), layer["interpolated"]] if priced else []),
+        ]
+        for layer in price["layers"]
+    ]  # fmt: skip
+    columns = ["layer", "in", "out", "size", "flops", "parameters"]
+    show(console, columns + (["ms", "share", "interpolated"] if priced else []), rows)
+    lines = {
+        "channels": text(price["channels"]),
+        "flops": f"{price['flops']:,} multiply-adds ({price['authors_flops']:,} as the authors count)",
+        "parameters": f"{price['parameters']:,}",
+    }
+    if priced:
+        lines["latency"] = f"{price['latency_ms']:.4f} ms on {price['device']}"
+    for name, line in lines.items():
+        console.print(f"{name:<12}{line}", soft_wrap=True)
+
+
+def show_facts(console: Console, facts: Row, prefix: str = "") -> None:
+    """Any answer as indented lines, for what has no table of its own."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            console.print(f"{prefix}{name}")
+            show_facts(console, value, prefix + "  ")
+        else:
+            console.print(f"{prefix}{name}: {text(value)}", soft_wrap=True)
