@@ -15,7 +15,7 @@ import numpy.typing as npt
 from latency_profiler.cost import Constraint, CostModel, Ints, Metric
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
-from latency_profiler.spaces.space import CHOICES, Space
+from latency_profiler.spaces.space import Space
 from workers.sampling import Genes, sample
 
 Floats = npt.NDArray[np.float64]

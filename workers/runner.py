@@ -19,11 +19,12 @@ from service.store import jobs
 from service.store.jobs import Claim, LeaseLost
 from service.store.models import JobState
 from service.store.session import transaction
-from workers import steps
+from workers.steps.advance import advance
+from workers.steps.context import Context
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
-PATIENCE = 30.0
+PATIENCE = 20.0
 """Seconds for which a runner waits itself before it gives the job back: starting another one costs about three."""
 POLL = 0.5
 
@@ -65,23 +66,29 @@ def main(job_id: str, owner: str, fence: str, parent: str) -> int:
 
 
 def _run(claim: Claim, console: Console) -> None:
-    context = steps.Context(claim, get_settings(), console)
-    waiting_since: float | None = None
+    context = Context(claim, get_settings(), console)
+    patience = PATIENCE
     while not console.stopping:
         with transaction() as session:
             job = jobs.load(session, claim)
-        outcome = steps.advance(context, job)
+        outcome = advance(context, job)
         console.say()
-        if outcome is None:
-            waiting_since = None
-        elif outcome.ended:
+        if outcome.ended:
             return
-        elif time.monotonic() - (waiting_since := waiting_since or time.monotonic()) < PATIENCE:
+        if outcome.wait is None:
+            patience = PATIENCE
+        elif patience > 0:
             time.sleep(POLL)
+            patience -= POLL
         else:
-            break
+            _give_back(claim, outcome.wait)
+            return
+    _give_back(claim, 0.0)
+
+
+def _give_back(claim: Claim, seconds: float) -> None:
     with transaction() as session:
-        jobs.release(session, claim, 0.0 if console.stopping else 5.0)
+        jobs.release(session, claim, seconds)
 
 
 def _bound_to(parent: int) -> bool:

@@ -161,7 +161,7 @@ def load(session: Session, claim: Claim) -> Job:
     Raises:
         LeaseLost: the claim does not hold any more.
     """
-    return _write(session, claim, {"updated_at": now()})
+    return _write(session, claim, {})
 
 
 def save_step(session: Session, claim: Claim, **changes: Any) -> None:
@@ -174,7 +174,7 @@ def save_step(session: Session, claim: Claim, **changes: Any) -> None:
         LeaseLost: the claim does not hold any more; roll everything back.
     """
     old = session.scalar(select(Job.state).where(Job.id == claim.job_id))
-    _write(session, claim, {"attempts": 0, "steps": Job.steps + 1, "updated_at": now(), **changes})
+    _write(session, claim, {"attempts": 0, "steps": Job.steps + 1, **changes})
     if "state" in changes and changes["state"] is not old:
         add_event(session, claim.job_id, "state", {"state": changes["state"]})
 
@@ -214,7 +214,7 @@ def _write(session: Session, claim: Claim, values: dict[str, Any]) -> Job:
         .where(
             Job.id == claim.job_id, Job.fence == claim.fence, Job.owner == claim.owner, Job.state.not_in(TERMINAL)
         )
-        .values(**values)
+        .values(updated_at=now(), **values)
         .returning(Job)
         .execution_options(populate_existing=True)
     )  # fmt: skip
@@ -237,9 +237,14 @@ def phase_seconds(session: Session, job_id: str) -> dict[str, float]:
     query = select(JobEvent.data, JobEvent.created_at).where(JobEvent.job_id == job_id, JobEvent.kind == "state")
     events = session.execute(query.order_by(JobEvent.id)).all()
     seconds: dict[str, float] = {}
-    ends = [event.created_at for event in events[1:]] + [session.scalar(select(now())) or 0.0]
+    ends = [event.created_at for event in events[1:]] + [clock(session)]
     for event, end in zip(events, ends, strict=True):
         state = event.data["state"]
         if state not in TERMINAL:
             seconds[state] = seconds.get(state, 0.0) + end - event.created_at
     return seconds
+
+
+def clock(session: Session) -> float:
+    """Seconds since 1970 by the database."""
+    return session.scalar(select(now())) or 0.0

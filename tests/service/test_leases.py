@@ -1,0 +1,208 @@
+"""One worker at a time may write for a job: the statements that carry that promise, on both databases."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from latency_profiler.errors import NotFound
+from service.specs import JobRequest, resolve
+from service.store import jobs
+from service.store.jobs import Claim, JobStateConflict, LeaseLost
+from service.store.models import Dataset, Job, JobState
+from service.store.session import transaction
+
+LEASE, ATTEMPTS = 30.0, 3
+SPEC = resolve(
+    JobRequest.model_validate(
+        {"space": "mobilenet_v1", "dataset": "tiny", "constraints": [{"metric": "flops", "max": 1_000_000}]}
+    ),
+    8,
+)
+
+
+@pytest.fixture
+def submit(database: str) -> Callable[[], str]:
+    with transaction() as session:
+        dataset = Dataset(name="tiny", kind="digits", classes=10, train_images=1, test_images=1, image_size=8)
+        session.add(dataset)
+        session.flush()
+        dataset_id = dataset.id
+
+    def one() -> str:
+        with transaction() as session:
+            return jobs.submit(session, SPEC, space_key="s", dataset_id=dataset_id, created_by=None).id
+
+    return one
+
+
+def claim(owner: str = "a", lease: float = LEASE) -> Claim | None:
+    with transaction() as session:
+        return jobs.claim(session, owner, lease, ATTEMPTS)
+
+
+def take(owner: str = "a", lease: float = LEASE) -> Claim:
+    taken = claim(owner, lease)
+    assert taken is not None
+    return taken
+
+
+def save(held: Claim, **changes: Any) -> None:
+    with transaction() as session:
+        jobs.save_step(session, held, **changes)
+
+
+def read(job_id: str) -> Job:
+    with transaction() as session:
+        return jobs.get(session, job_id)
+
+
+def test_a_claim_takes_the_oldest_job_and_nobody_else_gets_it(submit: Callable[[], str]) -> None:
+    first, second = submit(), submit()
+    assert [take("a").job_id, take("b").job_id] == [first, second]
+    assert claim("c") is None
+
+
+def test_an_expired_lease_passes_to_the_next_worker_and_the_old_one_can_not_write(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    old = take("a", lease=0.01)
+    time.sleep(0.05)
+    new = take("b")
+    assert (new.job_id, new.fence) == (job_id, old.fence + 1)
+    for write in (
+        lambda: save(old, memory={"from": "a"}),
+        lambda: jobs_call(jobs.beat, old, LEASE),
+        lambda: jobs_call(jobs.finish, old, JobState.SUCCEEDED),
+        lambda: jobs_call(jobs.release, old),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    save(new, memory={"from": "b"})
+    assert read(job_id).memory == {"from": "b"}
+    assert read(job_id).state is JobState.QUEUED
+
+
+def jobs_call(function: Callable[..., Any], *arguments: Any) -> Any:
+    with transaction() as session:
+        return function(session, *arguments)
+
+
+def test_the_same_owner_under_an_old_fence_is_refused(submit: Callable[[], str]) -> None:
+    submit()
+    old = take("a", lease=0.01)
+    time.sleep(0.05)
+    take("a")
+    with pytest.raises(LeaseLost):
+        save(old, memory={})
+
+
+def test_a_refused_step_leaves_nothing_of_its_transaction(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    old = take("a", lease=0.01)
+    time.sleep(0.05)
+    take("b")
+    with pytest.raises(LeaseLost), transaction() as session:
+        jobs.add_event(session, job_id, "generation", {"generation": 0})
+        jobs.save_step(session, old, memory={})
+    with transaction() as session:
+        assert [event.kind for event in jobs.events_after(session, job_id, 0)] == ["state"]
+
+
+def test_beats_keep_a_job(submit: Callable[[], str]) -> None:
+    submit()
+    held = take("a", lease=0.3)
+    for _ in range(4):
+        time.sleep(0.1)
+        assert jobs_call(jobs.beat, held, 0.3, {"done": 1}) is False
+    assert claim("b") is None
+
+
+def test_a_job_that_costs_its_workers_ends_as_failed_with_the_reason(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    for _ in range(ATTEMPTS):
+        jobs_call(jobs.lose, take(), "the runner ended with SIGKILL", 0.0)
+    assert claim() is None
+    job = read(job_id)
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert "SIGKILL" in job.error["detail"]
+
+
+def test_a_finished_step_and_a_release_forgive_earlier_losses(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    for _ in range(ATTEMPTS - 1):
+        jobs_call(jobs.lose, take(), "lost", 0.0)
+    save(held := take(), progress={"done": 1})
+    assert read(job_id).attempts == 0
+    jobs_call(jobs.release, held, 0.0)
+    assert take().job_id == job_id
+
+
+def test_a_released_job_waits_until_it_is_woken(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    held = take()
+    save(held, state=JobState.VERIFYING)
+    jobs_call(jobs.release, held, 1000.0)
+    assert claim() is None
+    assert jobs_call(jobs.wake, (JobState.PROFILING,)) == 0
+    assert jobs_call(jobs.wake, (JobState.VERIFYING,)) == 1
+    assert take().job_id == job_id
+
+
+def test_cancelling_ends_an_idle_job_at_once_and_twice_is_once(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    assert jobs_call(jobs.request_cancel, job_id).state is JobState.CANCELLED
+    assert jobs_call(jobs.request_cancel, job_id).state is JobState.CANCELLED
+    assert claim() is None
+
+
+def test_a_cancellation_wins_over_a_finish_that_comes_later(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    held = take()
+    assert jobs_call(jobs.request_cancel, job_id).state is JobState.QUEUED
+    assert jobs_call(jobs.beat, held, LEASE) is True
+    jobs_call(jobs.finish, held, JobState.SUCCEEDED)
+    assert read(job_id).state is JobState.CANCELLED
+
+
+def test_a_cancelled_job_whose_worker_died_ends_at_the_next_look(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    take(lease=0.01)
+    jobs_call(jobs.request_cancel, job_id)
+    time.sleep(0.05)
+    assert claim() is None
+    assert read(job_id).state is JobState.CANCELLED
+
+
+def test_an_ended_job_never_changes(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    held = take()
+    jobs_call(jobs.finish, held, JobState.SUCCEEDED)
+    with pytest.raises(LeaseLost):
+        save(held, state=JobState.SEARCHING)
+    with pytest.raises(JobStateConflict):
+        jobs_call(jobs.request_cancel, job_id)
+    assert read(job_id).state is JobState.SUCCEEDED
+    assert claim() is None
+
+
+def test_states_leave_events_from_which_the_seconds_are_read(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    held = take()
+    save(held, state=JobState.TRAINING)
+    time.sleep(0.1)
+    save(held, state=JobState.SEARCHING)
+    save(held, state=JobState.SEARCHING)
+    jobs_call(jobs.finish, held, JobState.SUCCEEDED)
+    with transaction() as session:
+        states = [event.data["state"] for event in jobs.events_after(session, job_id, 0)]
+        seconds = jobs.phase_seconds(session, job_id)
+    assert states == ["queued", "training", "searching", "succeeded"]
+    assert seconds["training"] == pytest.approx(0.1, abs=0.05)
+    assert set(seconds) == {"queued", "training", "searching"}
+
+
+def test_unknown_jobs_are_not_found(submit: Callable[[], str]) -> None:
+    with pytest.raises(NotFound):
+        read("nothing")

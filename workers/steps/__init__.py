@@ -1,0 +1,19 @@
+"""What each state of a job does: the seam between the store and the algorithms, one file per state.
+
+A step works for some seconds to minutes and stores what came of it in one transaction that carries the claim's
+fence. A step that is killed leaves no trace and is done again; all randomness comes from the job's seed and counters,
+so the repetition gives the same result.
+
+`job.memory` holds what the next step needs:
+    tables        device → digest of the lookup table as it was when the search began
+    margins       device → share that predictions keep from the budget: the table's held-out error
+    corrections   device → factor on its predictions, from measurements that broke a budget
+    round         how often a measurement has sent the job back to the search
+    uniform       channels of the uniform network at the budget, and `flops`, its multiply-adds
+    net, reused   key of its PruningNet, and whether another job had trained it
+    evolution     state of the search
+    queue         structures to retrain: role, rank, channels, encoding, proxy accuracy
+    checkpoint    of the structure in training: digest and counters
+    since         when it began to wait for a measurement
+    figures       measurements that broke a budget
+"""

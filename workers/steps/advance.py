@@ -1,0 +1,27 @@
+"""From a job's state to the step that it needs."""
+
+from collections.abc import Callable
+
+from service.store.models import Job, JobState
+from workers.steps import profiling, retraining, searching, training, verifying
+from workers.steps.context import Context
+from workers.steps.outcome import Outcome
+
+STEPS: dict[JobState, Callable[[Context, Job], Outcome]] = {
+    JobState.QUEUED: profiling.begin,
+    JobState.PROFILING: profiling.step,
+    JobState.TRAINING: training.step,
+    JobState.SEARCHING: searching.step,
+    JobState.RETRAINING: retraining.step,
+    JobState.VERIFYING: verifying.step,
+}
+
+
+def advance(context: Context, job: Job) -> Outcome:
+    """Do the next step of a claimed job.
+
+    Raises:
+        LeaseLost: the job belongs to somebody else now; nothing was stored.
+        SecateursError: the job cannot succeed; the caller ends it with this reason.
+    """
+    return STEPS[job.state](context, job)

@@ -1,0 +1,160 @@
+"""What a runner keeps between the steps of its job, so that nothing is read or built twice."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from latency_profiler.cost import Constraint, Metric
+from latency_profiler.lookup_table import LatencyTable
+from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import Space
+from service import images
+from service.settings import Settings
+from service.specs import JobRequest
+from service.store import jobs
+from service.store.blobs import blob_path
+from service.store.jobs import Claim
+from service.store.models import Dataset, Job
+from service.store.session import transaction
+from workers.budget import Budget
+from workers.datasets import Data, prepare
+
+
+T = TypeVar("T")
+SLICE = 45.0
+"""Seconds of training between checkpoints: what a kill costs at most."""
+
+
+class Console(Protocol):
+    """Where a step says how far it is, and hears that it shall stop."""
+
+    stopping: bool
+
+    def say(self, progress: dict[str, Any] | None = None) -> None:
+        """Report progress."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A job's dataset row, detached."""
+
+    id: str
+    kind: str
+    path: str | None
+    classes: int
+
+
+class Context:
+    """One job in one runner process."""
+
+    def __init__(self, claim: Claim, settings: Settings, console: Console) -> None:
+        self.claim, self.settings, self.console = claim, settings, console
+        with transaction() as session:
+            job = jobs.load(session, claim)
+            dataset = session.get_one(Dataset, job.dataset_id)
+        self.spec = JobRequest.model_validate(job.spec)
+        self.dataset = Facts(dataset.id, dataset.kind, dataset.path, dataset.classes)
+        self.threads = settings.threads or os.cpu_count() or 1
+        torch.set_num_threads(self.threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.kept: dict[str, Any] = {}
+        if job.environment not in (None, self.environment) and job.reproducible:
+            with transaction() as session:
+                jobs.save_step(session, claim, reproducible=False)
+
+    @cached_property
+    def space(self) -> Space:
+        """The job's space."""
+        spec = self.spec
+        assert spec.image_size is not None
+        return get_space(spec.space, spec.image_size, spec.width, self.dataset.classes, spec.last_layer == "free")
+
+    @cached_property
+    def constraints(self) -> list[Constraint]:
+        """The job's constraints in the profiler's terms."""
+        return [bound.constraint() for bound in self.spec.constraints]
+
+    @cached_property
+    def constrained_devices(self) -> list[str]:
+        """Devices whose latency is constrained."""
+        return [c.device for c in self.constraints if c.metric is Metric.LATENCY and c.device]
+
+    @cached_property
+    def devices(self) -> list[str]:
+        """Devices that measure the winner: the constrained ones, then those that were asked to."""
+        return list(dict.fromkeys(self.constrained_devices + self.spec.measure_on))
+
+    @cached_property
+    def data(self) -> Data:
+        """The dataset, split for the search."""
+        dataset, settings = self.dataset, self.settings
+        loaded = images.load(dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache")
+        assert self.spec.training.validation_images is not None
+        return prepare(
+            (loaded.train_x, loaded.train_y), (loaded.test_x, loaded.test_y), len(loaded.classes),
+            flip=dataset.kind != "digits", validation=self.spec.training.validation_images, seed=self.spec.seed,
+        )  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What a result can be reproduced with."""
+        kernels = torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else torch.cuda.get_device_name()
+        return {"torch": torch.__version__, "threads": self.threads, "kernels": kernels}
+
+    def budget(self, job: Job) -> Budget:
+        """The constraints, less their safety margins, with the tables and corrections that the job holds now."""
+        held = [job.memory[name] for name in ("tables", "corrections", "margins")]
+        return self.keep("budget", held, lambda: self._budget(*held))
+
+    def _budget(self, tables: dict[str, str], corrections: dict[str, float], margins: dict[str, float]) -> Budget:
+        loaded = {name: load_table(sha256) for name, sha256 in tables.items()}
+        bounds = tightened(self.constraints, margins)
+        return Budget(self.space, bounds, loaded, corrections, self.spec.search.least_budget_share or 0.0)
+
+    def keep(self, name: str, key: Any, make: Callable[[], T]) -> T:
+        """A thing that was made for the same key, or a new one."""
+        wanted = json.dumps(key)
+        if name not in self.kept or self.kept[name][0] != wanted:
+            self.kept.pop(name, None)
+            self.kept[name] = (wanted, make())
+        made: T = self.kept[name][1]
+        return made
+
+    def rename(self, name: str, key: Any) -> None:
+        """The kept thing has moved on: it is now what this key would make."""
+        self.kept[name] = (json.dumps(key), self.kept[name][1])
+
+    def forget(self, name: str) -> None:
+        """Free a kept thing."""
+        self.kept.pop(name, None)
+
+    def pause(self, seconds: float, progress: Callable[[], dict[str, Any]]) -> Callable[[], bool]:
+        """For a trainer: reports progress, and says when it shall pause for a checkpoint."""
+        deadline = time.monotonic() + seconds
+
+        def pause() -> bool:
+            self.console.say(progress())
+            return self.console.stopping or time.monotonic() > deadline
+
+        return pause
+
+
+def tightened(constraints: Sequence[Constraint], margins: Mapping[str, float]) -> list[Constraint]:
+    """Latency bounds less the margin that their device's table asks for."""
+    return [
+        replace(bound, maximum=bound.maximum / (1.0 + margins.get(bound.device or "", 0.0)))
+        if bound.metric is Metric.LATENCY
+        else bound
+        for bound in constraints
+    ]
+
+
+def load_table(sha256: str) -> LatencyTable:
+    """A lookup table as a job has pinned it."""
+    return LatencyTable.from_json(json.loads(blob_path(sha256).read_bytes()))

@@ -1,0 +1,81 @@
+"""`queued` and `profiling`: wait for the lookup tables that the constraints need, and pin them.
+
+A job never sees its tables change: what it searches with is stored as a file whose digest it remembers.
+"""
+
+import json
+
+from sqlalchemy.orm import Session
+
+from latency_profiler.cost import flops
+from latency_profiler.errors import MissingLatencies
+from latency_profiler.layers import Layer
+from latency_profiler.lookup_table import LatencyTable
+from service.store import blobs, devices, jobs, measurements, work
+from service.store.candidates import space_arguments
+from service.store.models import Job, JobState
+from service.store.session import transaction
+from workers.checkpoints import write_blob
+from workers.steps.context import Context
+from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
+
+POINTS = 6
+"""Widths per slot that are measured when a job has to ask for the profile itself."""
+
+
+def begin(context: Context, job: Job) -> Outcome:
+    """Note what the job runs on, and ask for the layers that its devices lack."""
+    with transaction() as session:
+        for name in context.constrained_devices:
+            if measurements.layers_missing(session, name, context.space):
+                device = devices.get(session, name)
+                measurements.request_profile(session, device, space_arguments(context.space), "sampled", POINTS)
+        jobs.save_step(session, context.claim, state=JobState.PROFILING, environment=context.environment)
+    return MOVED
+
+
+def step(context: Context, job: Job) -> Outcome:
+    """Pin the tables once they can price every structure; until then wait."""
+    with transaction() as session:
+        waiting = [name for name in context.constrained_devices if not _ready(session, context, name)]
+        tables = {name: measurements.load_table(session, name) for name in context.devices}
+        waited = jobs.phase_seconds(session, job.id).get(JobState.PROFILING, 0.0)
+    if waiting:
+        if waited > context.settings.profile_seconds:
+            raise MissingLatencies(tables[waiting[0]].missing(_ends(context)))
+        context.console.say({"phase": "profiling", "waits_for": waiting})
+        return FOR_DEVICE
+
+    pinned = {name: write_blob(context.settings.blobs, json.dumps(table.to_json(), sort_keys=True).encode())
+              for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
+    margins = {name: _margin(tables[name], context) for name in pinned}
+    memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
+    job.memory = memory
+    budget = context.budget(job)
+    uniform = budget.uniform()
+    memory |= {"uniform": list(uniform), "flops": flops(context.space.layers(uniform))}
+    with transaction() as session:
+        for sha256 in pinned.values():
+            blobs.register(session, sha256)
+        jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
+    return MOVED
+
+
+def _ready(session: Session, context: Context, name: str) -> bool:
+    """Whether a device's table prices the space, and its sum is calibrated (an imported table has no networks)."""
+    if measurements.layers_missing(session, name, context.space):
+        return False
+    table_id = devices.get(session, name).table_id
+    fitted = context.space.key in measurements.load_table(session, name).fits
+    return fitted or table_id is None or not work.open_keys(session, table_id)
+
+
+def _ends(context: Context) -> list[Layer]:
+    space = context.space
+    return [layer for end in (space.smallest, space.largest) for layer in space.layers(space.channels(end))]
+
+
+def _margin(table: LatencyTable, context: Context) -> float:
+    """The table's mean error on networks that it was not fitted to: kept as a distance from the budget."""
+    fit = table.fits.get(context.space.key)
+    return fit.mean_error if fit else 0.0

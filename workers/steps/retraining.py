@@ -1,0 +1,98 @@
+"""`retraining`: winners and the uniform network from scratch on the whole training set, then tested once."""
+
+from typing import Any
+
+from latency_profiler.graphs import build_model
+from service.store import blobs, jobs, results
+from service.store.models import Job, JobState, Role
+from service.store.session import transaction
+from workers import checkpoints
+from workers.evaluation import test
+from workers.networks import folded_weights
+from workers.steps.context import SLICE, Context
+from workers.steps.outcome import MOVED, Outcome
+from workers.training import ScratchTrainer, TrainingSettings
+
+
+def step(context: Context, job: Job) -> Outcome:
+    """Train the first structure of the queue without a result for a slice; when all have one, go on."""
+    with transaction() as session:
+        waiting = [
+            trial for trial in job.memory["queue"]
+            if results.find(session, job.id, trial["structure_id"], Role(trial["role"])) is None
+        ]  # fmt: skip
+        if not waiting:
+            state = JobState.VERIFYING
+            jobs.save_step(session, context.claim, state=state, memory={**job.memory, "since": None})
+            return MOVED
+    trial = waiting[0]
+    done = len(job.memory["queue"]) - len(waiting)
+    kept = job.memory.get("checkpoint") or {}
+    sha256 = kept.get("sha256")
+    trainer = context.keep("scratch", [trial["structure_id"], trial["role"], sha256], lambda: _trainer(context, trial, kept))
+
+    def progress() -> dict[str, Any]:
+        share = done + trainer.done / trainer.total
+        shown = {"phase": "retraining", "structure": trial["role"], "done": share, "total": len(job.memory["queue"])}
+        return {**shown, **trainer.latest()}
+
+    trainer.advance(context.pause(SLICE, progress))
+    if trainer.done < trainer.total:
+        _save(context, job, trial, trainer, progress())
+    else:
+        _finish(context, job, trial, trainer)
+    return MOVED
+
+
+def _trainer(context: Context, trial: dict[str, Any], kept: dict[str, Any]) -> ScratchTrainer:
+    settings = TrainingSettings.of(context.spec.retraining.model_dump())
+    trainer = ScratchTrainer(
+        context.space, tuple(trial["channels"]), context.data, settings, context.spec.seed, context.device
+    )
+    if kept:
+        trainer.restore(checkpoints.load(blobs.blob_path(kept["sha256"]), kept["sha256"]), kept["counters"])
+    return trainer
+
+
+def _save(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchTrainer, progress: dict[str, Any]) -> None:
+    sha256 = checkpoints.save(context.settings.blobs, trainer.state())
+    kept = {"sha256": sha256, "counters": trainer.counters()}
+    with transaction() as session:
+        blobs.register(session, sha256)
+        dropped = _replace(context, job, session, kept, progress=progress)
+    _remove(dropped)
+    context.rename("scratch", [trial["structure_id"], trial["role"], sha256])
+
+
+def _finish(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchTrainer) -> None:
+    """Test once, and store result and artifacts."""
+    network, channels = trainer.network, tuple(trial["channels"])
+    score = test(network, context.data, context.device)
+    weights = checkpoints.save(context.settings.blobs, network.state_dict())
+    model = build_model(context.space.nodes(channels), weights=folded_weights(network))
+    onnx = checkpoints.write_blob(context.settings.blobs, model.SerializeToString(deterministic=True))
+    with transaction() as session:
+        for sha256 in (weights, onnx):
+            blobs.register(session, sha256)
+        results.record(
+            session, job, context.space, channels, Role(trial["role"]), rank=trial["rank"],
+            proxy_accuracy=trial["proxy_accuracy"], test_accuracy=score.accuracy, test_loss=score.loss,
+            settings=context.spec.retraining.model_dump(), predicted=context.budget(job).predict(channels),
+            weights=weights, model=onnx,
+        )  # fmt: skip
+        dropped = _replace(context, job, session, None)
+    _remove(dropped)
+    context.forget("scratch")
+
+
+def _replace(context: Context, job: Job, session: Any, kept: dict[str, Any] | None, **changes: Any) -> str | None:
+    """The checkpoint that counts from now on; returns the one whose file may go."""
+    old = (job.memory.get("checkpoint") or {}).get("sha256")
+    jobs.save_step(session, context.claim, memory={**job.memory, "checkpoint": kept}, **changes)
+    same = kept is not None and kept["sha256"] == old
+    return old if not same and blobs.discard(session, old) else None
+
+
+def _remove(sha256: str | None) -> None:
+    if sha256 is not None:
+        blobs.blob_path(sha256).unlink(missing_ok=True)

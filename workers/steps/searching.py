@@ -1,0 +1,134 @@
+"""`searching`: one generation a step; then the winner is measured before anything is spent on retraining it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.spaces.space import Space
+from service.store import candidates, devices, jobs
+from service.store.candidates import Judged
+from service.store.models import Job, JobState, Role
+from service.store.session import transaction
+from workers import evolution
+from workers.budget import Budget
+from workers.evolution import Evolution, Proposal, Score
+from workers.steps import measuring
+from workers.steps.context import Context
+from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
+from workers.steps.training import scorer
+
+CHECK_SECONDS = 60.0
+"""How long the search waits for a first measurement of its winner; the one in `verifying` decides."""
+
+
+def step(context: Context, job: Job) -> Outcome:
+    """Judge a generation, or hand the best structures on."""
+    budget = context.budget(job)
+    search = _search(context, job, budget)
+    proposals = search.propose()
+    if proposals:
+        return _judge(context, job, budget, search, proposals)
+    return _hand_on(context, job, search)
+
+
+def _search(context: Context, job: Job, budget: Budget) -> Evolution:
+    state = job.memory.get("evolution")
+    if state is not None:
+        return Evolution.from_json(state, budget.sample, budget.feasible)
+    spec = context.spec.search
+    given = {name: value for name, value in spec.model_dump().items() if name in evolution.Settings.__slots__}
+    return Evolution(evolution.Settings(**given), context.spec.seed, budget.sample, budget.feasible)
+
+
+def _judge(context: Context, job: Job, budget: Budget, search: Evolution, proposals: list[Proposal]) -> Outcome:
+    generation, judge = search.generation, scorer(context, job)
+    scores: list[Score] = []
+    for done, proposal in enumerate(proposals):
+        context.console.say(
+            {"phase": "searching", "generation": generation, "generations": search.generations,
+             "done": generation + done / len(proposals), "total": search.generations}
+        )  # fmt: skip
+        scores.append(judge.score(proposal.encoding))
+    search.tell(scores)
+    judged = _rows(budget, proposals, scores)
+    best = search.winner()
+    summary = {
+        "generation": generation, "generations": search.generations, "candidates": len(search.judged),
+        "best_accuracy": best.score.accuracy if best else None, "best_loss": best.score.loss if best else None,
+        "mean_accuracy": float(np.mean([score.accuracy for score in scores])), "diversity": search.diversity(),
+    }  # fmt: skip
+    with transaction() as session:
+        ids = {name: devices.get(session, name) for name in job.memory["tables"]}
+        predicted = {name: (device.id, device.table_id or "") for name, device in ids.items()}
+        jobs.save_step(session, context.claim, memory={**job.memory, "evolution": search.to_json()})
+        candidates.record_generation(session, job, context.space, generation, judged, predicted)
+        jobs.add_event(session, job.id, "generation", summary)
+    return MOVED
+
+
+def _rows(budget: Budget, proposals: list[Proposal], scores: list[Score]) -> list[Judged]:
+    costs = budget.costs(np.array([proposal.encoding for proposal in proposals]))
+    return [
+        Judged(
+            proposal.encoding, proposal.birth, proposal.parents, int(costs.flops[i]), int(costs.parameters[i]),
+            {name: float(seconds[i]) for name, seconds in costs.seconds.items()}, score.accuracy, score.loss,
+        )
+        for i, (proposal, score) in enumerate(zip(proposals, scores, strict=True))
+    ]  # fmt: skip
+
+
+def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
+    """To `retraining`, unless a first measurement says that the winner breaks its budget."""
+    best = search.winner()
+    assert best is not None  # a search ends without a feasible candidate only by raising
+    channels, memory = context.space.channels(best.proposal.encoding), dict(job.memory)
+    structure_id = context.space.digest(channels)
+    with transaction() as session:
+        purpose, clock = f"check-{job.id}-{memory['round']}", jobs.clock(session)
+        found = measuring.look(session, context, context.constrained_devices, purpose, {structure_id: channels})
+        memory["since"] = memory.get("since") or clock
+        jobs.save_step(session, context.claim, memory=memory)
+    measured = found[structure_id]
+    if len(measured) < len(context.constrained_devices) and clock - memory["since"] < CHECK_SECONDS:
+        return FOR_DEVICE
+    if allowed := measuring.broken(context, measured):
+        return search_on(context, job, channels, measured, allowed)
+    memory |= {"queue": _queue(context, job, search), "since": None, "checkpoint": None}
+    with transaction() as session:
+        jobs.save_step(session, context.claim, memory=memory, state=JobState.RETRAINING)
+    return MOVED
+
+
+def search_on(
+    context: Context, job: Job, channels: tuple[int, ...], measured: dict[str, float], allowed: dict[str, float]
+) -> Outcome:
+    """Back to the search with the correction in the prediction."""
+    memory = measuring.corrected(context, job, channels, measured, allowed)
+    with transaction() as session:
+        jobs.add_event(session, job.id, "warning", {"corrections": memory["corrections"], "figures": memory["figures"]})
+        jobs.save_step(session, context.claim, memory=memory, state=JobState.SEARCHING)
+    return MOVED
+
+
+def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]]:
+    """What to retrain: the best distinct structures, then the uniform network at the same budget."""
+    space = context.space
+    best = search.top(context.spec.retraining.top or 1, lambda encoding: space.digest(space.channels(encoding)))
+    queue = [
+        _trial(space, Role.WINNER, rank, space.channels(one.proposal.encoding), one.proposal.encoding, one.score.accuracy)
+        for rank, one in enumerate(best)
+    ]
+    if context.spec.baselines:
+        queue.append(_trial(space, Role.UNIFORM, 0, job.memory["uniform"], None, None))
+    return queue
+
+
+def _trial(
+    space: Space, role: Role, rank: int, channels: Sequence[int], encoding: Sequence[int] | None, proxy: float | None
+) -> dict[str, Any]:
+    return {
+        "role": role, "rank": rank, "structure_id": space.digest(channels), "channels": list(channels),
+        "encoding": list(encoding) if encoding else None, "proxy_accuracy": proxy,
+    }  # fmt: skip

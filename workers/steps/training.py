@@ -1,0 +1,106 @@
+"""`training`: the PruningNet, trained in slices, or taken from an earlier job."""
+
+import hashlib
+import json
+from typing import Any
+
+from service.store import blobs, jobs, pruning_nets
+from service.store.models import Job, JobState
+from service.store.session import transaction
+from workers import checkpoints
+from workers.evaluation import Scorer
+from workers.pruning_net import PruningNet
+from workers.steps.context import SLICE, Context
+from workers.steps.outcome import FOR_JOB, MOVED, Outcome
+from workers.training import PruningNetTrainer, TrainingSettings
+
+
+def step(context: Context, job: Job) -> Outcome:
+    """Reuse a trained net if there is one; else train for a slice, unless another job does."""
+    family, band = _family(context), _band(context, job)
+    with transaction() as session:
+        ready = pruning_nets.find_ready(session, family, job.memory["flops"])
+        if ready is not None and "net" not in job.memory:
+            memory = {**job.memory, "net": ready.key, "reused": True}
+            jobs.save_step(session, context.claim, state=JobState.SEARCHING, memory=memory)
+            return MOVED
+        key = _digest([family, list(band)])
+        net = pruning_nets.join(
+            session, key, job.id, family=family, space_key=context.space.key, dataset_id=job.dataset_id,
+            settings=context.spec.training.model_dump(), band_low=band[0], band_high=band[1],
+        )  # fmt: skip
+        if net is None:
+            return FOR_JOB
+        checkpoint, counters = net.checkpoint, net.progress.get("counters")
+        jobs.save_step(session, context.claim, memory={**job.memory, "net": key, "reused": False})
+    trainer = context.keep("trainer", [key, checkpoint], lambda: _trainer(context, band, checkpoint, counters))
+    return _train(context, job, key, trainer, checkpoint)
+
+
+def scorer(context: Context, job: Job) -> Scorer:
+    """Judges candidates with the job's PruningNet."""
+    return context.keep("scorer", job.memory["net"], lambda: _scorer(context, job.memory["net"]))
+
+
+def _train(context: Context, job: Job, key: str, trainer: PruningNetTrainer, old: str | None) -> Outcome:
+    def progress() -> dict[str, Any]:
+        return {"phase": "training", "done": trainer.done, "total": trainer.total, **trainer.latest()}
+
+    trainer.advance(context.pause(SLICE, progress))
+    ready = trainer.done >= trainer.total
+    tensors = trainer.network.state_dict() if ready else trainer.state()
+    sha256 = checkpoints.save(context.settings.blobs, tensors)
+    with transaction() as session:
+        blobs.register(session, sha256)
+        pruning_nets.save(session, key, checkpoint=sha256, progress={"counters": trainer.counters()}, ready=ready)
+        changes = {"state": JobState.SEARCHING} if ready else {}
+        memory = {**job.memory, "net": key, "reused": False}
+        jobs.save_step(session, context.claim, memory=memory, progress=progress(), **changes)
+        dropped = old != sha256 and blobs.discard(session, old)
+    if dropped and old is not None:
+        blobs.blob_path(old).unlink(missing_ok=True)
+    context.forget("trainer") if ready else context.rename("trainer", [key, sha256])
+    return MOVED
+
+
+def _trainer(
+    context: Context, band: tuple[float, float], checkpoint: str | None, counters: dict[str, Any] | None
+) -> PruningNetTrainer:
+    trainer = PruningNetTrainer(
+        context.space, context.data, TrainingSettings.of(context.spec.training.model_dump()), context.spec.seed,
+        band if context.spec.training.band else None, context.device,
+    )  # fmt: skip
+    if checkpoint is not None and counters is not None:
+        trainer.restore(checkpoints.load(blobs.blob_path(checkpoint), checkpoint), counters)
+    return trainer
+
+
+def _scorer(context: Context, key: str) -> Scorer:
+    with transaction() as session:
+        checkpoint = pruning_nets.get(session, key).checkpoint
+    assert checkpoint is not None
+    network = PruningNet(context.space)
+    network.load_state_dict(checkpoints.load(blobs.blob_path(checkpoint), checkpoint))
+    assert context.spec.search.recalibration_images is not None
+    return Scorer(
+        network, context.data, recalibration_images=context.spec.search.recalibration_images, seed=context.spec.seed,
+        device=context.device,
+    )  # fmt: skip
+
+
+def _family(context: Context) -> str:
+    """All that determines a PruningNet but its band."""
+    training = {name: value for name, value in context.spec.training.model_dump().items() if name != "band"}
+    return _digest([context.space.key, context.dataset.id, training, context.spec.seed])
+
+
+def _band(context: Context, job: Job) -> tuple[float, float]:
+    """FLOPs between which structures are sampled: around the uniform network at the budget, or everything."""
+    if context.spec.training.band is None:
+        return 0.0, float(2**53)
+    low, high = context.spec.training.band
+    return low * job.memory["flops"], high * job.memory["flops"]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

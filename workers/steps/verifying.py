@@ -1,0 +1,77 @@
+"""`verifying`: devices measure winner and uniform network as a whole; a broken budget sends the job back."""
+
+from typing import Any
+
+from service.store import jobs, results
+from service.store.models import Job, JobState, Role
+from service.store.session import transaction
+from workers.steps import measuring
+from workers.steps.context import Context
+from workers.steps.outcome import ENDED, FOR_DEVICE, MOVED, Outcome
+from workers.steps.searching import search_on
+
+GUEST_SECONDS = 60.0
+"""How long a device that no constraint names may keep the job waiting."""
+
+
+def step(context: Context, job: Job) -> Outcome:
+    """Ask, wait, decide."""
+    memory = dict(job.memory)
+    networks = {trial["structure_id"]: trial["channels"] for trial in memory["queue"]}
+    with transaction() as session:
+        clock = jobs.clock(session)
+        found = measuring.look(session, context, context.devices, f"verify-{job.id}-{memory['round']}", networks)
+        memory["since"] = memory.get("since") or clock
+        jobs.save_step(session, context.claim, memory=memory)
+    away = [name for name in context.devices if any(name not in found.get(one, {}) for one in networks)]
+    if _must_wait(context, away, clock - memory["since"]):
+        context.console.say({"phase": "verifying", "waits_for": away})
+        return FOR_DEVICE
+    winner = memory["queue"][0]
+    allowed = measuring.broken(context, found.get(winner["structure_id"], {}))
+    _store(context, job, found)
+    if allowed:
+        return search_on(context, job, tuple(winner["channels"]), found[winner["structure_id"]], allowed)
+    constrained = [name for name in away if name in context.constrained_devices]
+    return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, away)
+
+
+def _must_wait(context: Context, away: list[str], waited: float) -> bool:
+    constrained = any(name in context.constrained_devices for name in away)
+    return bool(away) and waited < (context.settings.verify_seconds if constrained else GUEST_SECONDS)
+
+
+def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> None:
+    with transaction() as session:
+        jobs.load(session, context.claim)
+        for trial in job.memory["queue"]:
+            row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]))
+            if row is not None:
+                results.measured(session, row.id, found.get(trial["structure_id"], {}))
+
+
+def _end(context: Context, job: Job, state: JobState, away: list[str]) -> Outcome:
+    warnings = [*job.warnings, *(f"device {name} did not measure the winner in time" for name in away)]
+    with transaction() as session:
+        result = _result(context, job, session)
+        jobs.finish(session, context.claim, state, result=result, warnings=warnings)
+    return ENDED
+
+
+def _result(context: Context, job: Job, session: Any) -> dict[str, Any]:
+    """What `GET /v1/jobs/{id}` shows as the result."""
+    shown: dict[str, list[dict[str, Any]]] = {Role.WINNER: [], Role.UNIFORM: []}
+    for trial in job.memory["queue"]:
+        row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]))
+        assert row is not None
+        shown[trial["role"]].append(results.summary(session, row, trial["encoding"]))
+    return {
+        "winner": shown[Role.WINNER][0],
+        "runners_up": shown[Role.WINNER][1:],
+        "uniform": next(iter(shown[Role.UNIFORM]), None),
+        "candidates": results.candidate_count(session, job.id),
+        "pruning_net_reused": job.memory["reused"],
+        "pruning_net": job.memory["net"],
+        "rounds": job.memory["round"] + 1,
+        "figures": job.memory.get("figures", []),
+    }
