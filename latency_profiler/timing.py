@@ -18,6 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
+from latency_profiler.errors import MeasurementFailed
+
 Clock = Callable[[], float]
 NOTCH = 1.57
 MOST_LOOPS = 1 << 20
@@ -89,8 +91,39 @@ class Series:
     loops: int = 0
     warmup: int = 0
     spent: float = 0.0
+    failure: Exception | None = None
 
-    def warm_up(self) -> None:
+    def advance(self) -> None:
+        """Warm up, or take one more value; a subject that fails is not run again."""
+        try:
+            if self.loops:
+                self._extend()
+            else:
+                self._warm_up()
+        except Exception as error:  # runtimes raise whatever they like: the reason is data
+            self.failure = error
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to be taken."""
+        count = len(self.values)
+        if self.failure is not None or count < self.effort.least:
+            return self.failure is not None
+        return count >= self.effort.most or self.spent >= self.effort.cap or self._steady()
+
+    def timing(self) -> Timing:
+        """The series so far, summed up.
+
+        Raises:
+            MeasurementFailed: the subject failed, or gave no value yet.
+        """
+        if self.failure is not None or not self.values:
+            reason = f"{type(self.failure).__name__}: {self.failure}" if self.failure else "no value was taken"
+            raise MeasurementFailed(reason) from self.failure
+        low, median, high, p90 = (float(q) for q in np.percentile(self.values, (25, 50, 75, 90)))
+        return Timing(tuple(self.values), self.loops, self.warmup, median, high - low, p90, self._steady())
+
+    def _warm_up(self) -> None:
         """Run once cold, then in doubling loops until one lasts as long as a value: this sets the number of loops."""
         self.spent, loops = self.subject.seconds(1), 1
         took = self.subject.seconds(loops)
@@ -100,42 +133,30 @@ class Series:
         self.spent, self.warmup = self.spent + took, self.warmup + loops + 1
         self.loops = max(1, round(loops * min(1.0, self.effort.value / took))) if took > 0 else loops
 
-    def extend(self) -> None:
-        """Take one more value."""
+    def _extend(self) -> None:
         took = self.subject.seconds(self.loops)
         self.spent += took
         self.values.append(took / self.loops)
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more is to be taken."""
-        count = len(self.values)
-        if count < self.effort.least:
-            return False
-        return count >= self.effort.most or self.spent >= self.effort.cap or self._steady()
-
-    def timing(self) -> Timing:
-        """The series so far, summed up; it has at least one value."""
-        low, median, high, p90 = (float(q) for q in np.percentile(self.values, (25, 50, 75, 90)))
-        return Timing(tuple(self.values), self.loops, self.warmup, median, high - low, p90, self._steady())
 
     def _steady(self) -> bool:
         low, median, high = np.percentile(self.values, (25, 50, 75))
         return bool(NOTCH * (high - low) / len(self.values) ** 0.5 <= self.effort.steady_share * median)
 
 
-def measure(subject: Subject, effort: Effort = LAYER) -> Timing:
-    """Time one subject alone."""
-    (timing,) = interleave([Series(subject, effort)], np.random.default_rng(0))
-    return timing
-
-
-def interleave(series: Sequence[Series], rng: np.random.Generator) -> list[Timing]:
-    """Time several subjects round by round until each is done; series are warmed up here if they were not."""
-    for one in series:
-        if not one.loops:
-            one.warm_up()
+def interleave(series: Sequence[Series], rng: np.random.Generator) -> None:
+    """Advance several series round by round until each is done."""
     while waiting := [one for one in series if not one.done]:
         for i in rng.permutation(len(waiting)):
-            waiting[i].extend()
-    return [one.timing() for one in series]
+            waiting[i].advance()
+
+
+def measure(subject: Subject, effort: Effort = LAYER) -> Timing:
+    """Time one subject alone.
+
+    Raises:
+        MeasurementFailed: it failed.
+    """
+    series = Series(subject, effort)
+    while not series.done:
+        series.advance()
+    return series.timing()

@@ -12,10 +12,12 @@ import httpx2
 from latency_profiler.errors import InvalidInput, ServiceError, ServiceUnreachable
 
 Json = dict[str, Any]
-Sleep = Callable[[float], None]
+Sleep = Callable[[float], object]
 ATTEMPTS = 4
 GATEWAY = frozenset({502, 503, 504})
 """Statuses of something in front of the service, or of a service that is about to stop."""
+TEMPORARY = frozenset({408, 425, 429})
+"""Statuses below 500 that ask to try again later."""
 LONGEST_PAUSE = 10.0
 
 
@@ -98,6 +100,11 @@ def pause(attempt: int) -> float:
 def describe(error: Exception) -> str:
     """An error's message, or its name where it has none."""
     return str(error) or type(error).__name__
+
+
+def temporary(error: ServiceError) -> bool:
+    """Whether the same request may be answered later."""
+    return error.status >= 500 or error.status in TEMPORARY
 
 
 def refuse(response: httpx2.Response) -> NoReturn:

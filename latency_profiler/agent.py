@@ -1,0 +1,220 @@
+"""The agent of one device: leases work, measures it, hands it in, and begins again.
+
+It holds no state but its spool: whatever happens to the agent or to the service, a lease expires and its work is
+given out anew, and an upload that was sent twice is stored once. The service being away is no error; being refused is.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+from platformdirs import user_state_path
+
+from latency_profiler.client import Client
+from latency_profiler.device import agent_version, fingerprint
+from latency_profiler.errors import InvalidInput, SecateursError, ServiceError
+from latency_profiler.measuring import measure_work
+from latency_profiler.runtimes.base import Settings, open_runtime
+from latency_profiler.spool import Spool
+from latency_profiler.wire import pause, temporary
+
+log = logging.getLogger("secateurs.agent")
+MOST_ITEMS = 32
+LEASE_SHARE = 0.4
+"""Of a lease's seconds, how much may be spent measuring; the rest is for handing in."""
+REFUSED = (401, 403, 404)
+"""Statuses that no repetition changes: a wrong token, another device's token, an unknown device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an agent is started with."""
+
+    server: str
+    device: str
+    token: str
+    runtime: str = "onnxruntime"
+    settings: Settings = field(default_factory=Settings)
+    spool: Path | None = None
+    """None is a folder of the user's, per server and device."""
+    once: bool = False
+    """End when there is nothing to measure, or the service is away."""
+    seed: int = 0
+    """Of the order in which layers are measured."""
+
+
+class Agent:
+    """One device's agent; `stop` may be set from anywhere.
+
+    Raises:
+        InvalidInput, RuntimeUnavailable: the options cannot work.
+    """
+
+    def __init__(
+        self, options: Options, stop: threading.Event | None = None, transport: httpx2.BaseTransport | None = None
+    ) -> None:
+        self.stop = stop or threading.Event()
+        self._options = options
+        self._runtime = open_runtime(options.runtime, options.settings)
+        self._fingerprint = fingerprint(self._runtime)
+        self._client = Client(options.server, options.token, transport=transport, sleep=self.stop.wait)
+        self._spool = Spool(options.spool or default_spool(options.server, options.device))
+        self._rng = np.random.default_rng(options.seed)
+        self._limit = MOST_ITEMS
+
+    def run(self) -> None:
+        """Work until stopped (or, with `once`, until there is nothing to do).
+
+        Raises:
+            ServiceError: the service refuses this agent, or, with `once`, it is away.
+        """
+        failures = 0
+        while not self.stop.is_set():
+            try:
+                idle = self._round()
+                failures = 0
+            except ServiceError as error:
+                if self._options.once or not temporary(error):
+                    raise
+                failures += 1
+                idle = pause(failures)
+                log.warning("%s; trying again in %g s", error, idle)
+            if idle and self._options.once:
+                return
+            self.stop.wait(idle)
+
+    def _round(self) -> float:
+        """Hand in what waits, lease, measure, hand in; seconds until the next round."""
+        self._hand_in()
+        began = time.monotonic()
+        lease = self._client.lease(self._options.device, self._fingerprint.to_json(), agent_version(), self._limit)
+        try:
+            items, lease_id, poll = lease["items"], str(lease["lease_id"]), float(lease["poll_seconds"])
+            until = began + LEASE_SHARE * float(lease["lease_seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServiceError(502, {"detail": f"the service's lease cannot be read: {error}"}) from error
+        if not items:
+            return max(poll, 0.1)
+        if not self.stop.is_set():
+            self._measure(items, lease_id, until)
+            self._hand_in()
+        return 0.0
+
+    def _measure(self, items: list[dict[str, Any]], lease_id: str, until: float) -> None:
+        """Measure what the lease's time allows, and spool it."""
+        began = time.monotonic()
+        results = measure_work(self._runtime, items, self._rng, lambda: self._may_go_on(until))
+        if not results:
+            return
+        seconds = time.monotonic() - began
+        self._limit = int(np.clip((until - began) / (seconds / len(results)), 1, MOST_ITEMS))
+        log.info("measured %d of %d in %.1f s", len(results), len(items), seconds)
+        self._spool.put(
+            {
+                "upload_id": uuid.uuid4().hex,
+                "lease_id": lease_id,
+                "fingerprint": self._fingerprint.sha256,
+                "results": results,
+            }
+        )
+
+    def _may_go_on(self, until: float) -> bool:
+        return time.monotonic() < until and not self.stop.is_set()
+
+    def _hand_in(self) -> None:
+        """Hand in every upload of the spool; one that the service will never take is dropped."""
+        for upload in self._spool.pending():
+            try:
+                stored = self._client.measurements(self._options.device, upload)
+                log.info("handed in %d results: %s", len(upload["results"]), stored)
+            except ServiceError as error:
+                if error.status in REFUSED or temporary(error):
+                    raise
+                log.warning("upload %s was refused (%s) and is dropped", upload["upload_id"], error)
+            self._spool.drop(upload)
+
+
+def run(options: Options) -> None:
+    """Run an agent in this process until SIGTERM or SIGINT; a second signal ends it at once.
+
+    Raises:
+        SecateursError: the agent cannot work, with a message for its user.
+    """
+    agent = Agent(options)
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        agent.stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    log.info("measuring for %r at %s with %s", options.device, options.server, options.runtime)
+    agent.run()
+
+
+def default_spool(server: str, device: str) -> Path:
+    """The user's folder for what an agent could not hand in yet."""
+    digest = hashlib.sha256(f"{server} {device}".encode()).hexdigest()[:16]
+    return user_state_path("secateurs") / "agent" / digest
+
+
+def read_token(token: str | None, file: Path | None) -> str:
+    """The device's token: given, in a file, or in `SECATEURS_TOKEN`.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    try:
+        found = token or (file.read_text().strip() if file else os.environ.get("SECATEURS_TOKEN", ""))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the token file cannot be read: {error}") from error
+    if not found:
+        raise InvalidInput("no token: give --token or --token-file, or set SECATEURS_TOKEN")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m latency_profiler.agent`: exit status 0 when stopped, 1 when the agent cannot work."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    given = _parser().parse_args(arguments)
+    try:
+        settings = Settings(given.threads, given.batch, given.dtype)
+        token = read_token(given.token, given.token_file)
+        run(Options(given.server, given.device, token, given.runtime, settings, given.spool, given.once))
+    except SecateursError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Measure layers on this machine for a Secateurs service."
+    parser = argparse.ArgumentParser(prog="python -m latency_profiler.agent", description=about)
+    parser.add_argument("--server", required=True, help="address of the service, e.g. http://127.0.0.1:8740")
+    parser.add_argument("--device", required=True, help="name under which this device was registered")
+    parser.add_argument("--token", help="the device's token (visible to other users of this machine)")
+    parser.add_argument("--token-file", type=Path, help="file that holds it; else SECATEURS_TOKEN is read")
+    parser.add_argument("--runtime", default="onnxruntime")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="images per run")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--spool", type=Path, help="folder for measurements that could not be handed in yet")
+    parser.add_argument("--once", action="store_true", help="end when there is nothing to measure")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

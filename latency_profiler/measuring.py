@@ -1,0 +1,125 @@
+"""Leased work → results, as they are handed in.
+
+Work is measured in groups: what is loaded at the same time is timed interleaved, and the runtime's empty run with it,
+under the same conditions. A layer's seconds are its median less the empty run's; a network keeps the call that it
+pays for once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from latency_profiler.cost import layer_parameters
+from latency_profiler.device import conditions
+from latency_profiler.errors import InvalidInput, MeasurementFailed
+from latency_profiler.layers import Layer, Node
+from latency_profiler.runtimes.base import Runtime
+from latency_profiler.timing import LAYER, NETWORK, Series, Subject, Timing, interleave
+
+Json = dict[str, Any]
+GROUP_SIZE = 8
+GROUP_PARAMETERS = 1 << 24
+"""Weights that are loaded at the same time: 64 MiB, unless one layer alone has more."""
+LEAST_SECONDS = 1e-9
+"""What a layer counts that is not slower than the empty run: too little to be seen, but not nothing."""
+
+
+def measure_work(
+    runtime: Runtime, items: Sequence[Json], rng: np.random.Generator, go_on: Callable[[], bool] = lambda: True
+) -> list[Json]:
+    """Results of leased items, in a shuffled order, so that a drift of the machine is no slope over widths.
+
+    Args:
+        runtime: what runs them.
+        items: `{"work_id", "kind", "key", "payload"}` each.
+        rng: shuffles.
+        go_on: asked before every group but the first; what is left out has no result.
+    """
+    results: list[Json] = []
+    for group in _groups([items[i] for i in rng.permutation(len(items))]):
+        if results and not go_on():
+            break
+        results += _measure_group(runtime, group, rng)
+    return results
+
+
+def _measure_group(runtime: Runtime, items: Sequence[Json], rng: np.random.Generator) -> list[Json]:
+    empty = Series(runtime.empty_run())
+    loaded = [_load(runtime, item) for item in items]
+    interleave([empty, *(series for series in loaded if isinstance(series, Series))], rng)
+    return [_result(item, series, empty) for item, series in zip(items, loaded, strict=True)]
+
+
+def _load(runtime: Runtime, item: Json) -> Series | Exception:
+    """An item ready to be measured, or why it cannot be."""
+    try:
+        subject, effort = _subject(runtime, item), NETWORK if item["kind"] == "network" else LAYER
+    except Exception as error:  # runtimes raise whatever they like: the reason is data
+        return error
+    return Series(subject, effort)
+
+
+def _subject(runtime: Runtime, item: Json) -> Subject:
+    kind, payload = item["kind"], item["payload"]
+    if kind == "network":
+        return runtime.load_network(_nodes(payload))
+    if kind != "layer":
+        raise InvalidInput(f"this agent cannot measure {kind!r}; it measures layers and networks")
+    layer = Layer.from_json(payload["layer"])
+    if layer.key != item["key"]:
+        raise InvalidInput(f"the payload of {item['key']!r} is the layer {layer.key!r}")
+    return runtime.load_layer(layer)
+
+
+def _nodes(payload: Json) -> list[Node]:
+    return [
+        Node(node["name"], Layer.from_json(node["layer"]), node["input"], node["shortcut"]) for node in payload["nodes"]
+    ]
+
+
+def _result(item: Json, series: Series | Exception, empty: Series) -> Json:
+    result = {name: item[name] for name in ("work_id", "kind", "key")}
+    if isinstance(series, Exception):
+        return result | {"error": f"{type(series).__name__}: {series}"}
+    try:
+        timing, nothing = series.timing(), empty.timing()
+    except MeasurementFailed as error:
+        return result | {"error": str(error)}
+    return result | _figures(timing, nothing.median, nothing.median if item["kind"] == "layer" else 0.0)
+
+
+def _figures(timing: Timing, empty_run: float, fixed: float) -> Json:
+    """What was measured; `fixed` seconds of every run are not the item's own."""
+    facts = asdict(timing)
+    return {
+        "seconds": max(facts.pop("median") - fixed, LEAST_SECONDS),
+        "iqr": facts.pop("iqr"),
+        "steady": facts.pop("steady"),
+        "values": list(facts.pop("values")),
+        "conditions": {**conditions(), **facts, "empty_run": empty_run},
+    }
+
+
+def _groups(items: Sequence[Json]) -> Iterator[list[Json]]:
+    """Items that are loaded at the same time."""
+    group: list[Json] = []
+    weight = 0
+    for item in items:
+        added = _parameters(item)
+        if group and (len(group) == GROUP_SIZE or weight + added > GROUP_PARAMETERS):
+            yield group
+            group, weight = [], 0
+        group, weight = [*group, item], weight + added
+    if group:
+        yield group
+
+
+def _parameters(item: Json) -> int:
+    """Weights of an item; none where its payload cannot be read, which loading it will report."""
+    try:
+        nodes = item["payload"].get("nodes") or [item["payload"]]
+        return sum(layer_parameters(Layer.from_json(node["layer"])) for node in nodes)
+    except (InvalidInput, KeyError, TypeError, AttributeError):
+        return 0
