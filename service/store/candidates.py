@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Table, insert
-from sqlalchemy.dialects.postgresql import insert as insert_postgresql
-from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import flops, parameters
 from latency_profiler.spaces.space import Space
-from service.store.models import Base, Candidate, Job, Structure, StructureLatency
+from service.store.bulk import insert_missing
+from service.store.models import Candidate, Job, Structure, StructureLatency
+
+SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,6 @@ class Judged:
     latencies: dict[str, float]
     accuracy: float
     loss: float
-
-
-def upsert_new(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert the rows whose keys are not there yet."""
-    if not rows:
-        return
-    dialect = insert_postgresql if session.get_bind().dialect.name == "postgresql" else insert_sqlite
-    assert isinstance(table.__table__, Table)
-    session.execute(dialect(table.__table__).on_conflict_do_nothing(), list(rows))
 
 
 def space_arguments(space: Space) -> dict[str, Any]:
@@ -54,8 +46,8 @@ def add_structures(session: Session, space: Space, channels: Sequence[tuple[int,
                 "channels": list(space.complete(widths)), "flops": flops(layers), "parameters": parameters(layers),
             }
         )  # fmt: skip
-    upsert_new(session, Structure, rows)
-    return [row["id"] for row in rows]
+    insert_missing(session, Structure, rows)
+    return [space.digest(widths) for widths in channels]
 
 
 def record_generation(
@@ -74,7 +66,7 @@ def record_generation(
         for name, (device_id, table_id) in predicted.items()
         if name in one.latencies
     ]
-    upsert_new(session, StructureLatency, latencies)
+    insert_missing(session, StructureLatency, latencies)
     rows = [
         {
             "job_id": job.id, "structure_id": structure_id, "space_key": space.key, "dataset_id": job.dataset_id,
@@ -92,3 +84,22 @@ def record_generation(
 def encoding_key(encoding: Sequence[int]) -> str:
     """The genes joined by commas."""
     return ",".join(map(str, encoding))
+
+
+def of_job(
+    session: Session, job_id: str, sort: SortKey, descending: bool, limit: int, behind: tuple[float, int] | None = None
+) -> Sequence[tuple[Candidate, Structure]]:
+    """A job's candidates with their structures, in an order whose ties are broken by age.
+
+    Args:
+        behind: sort value and id of the candidate behind which the list begins.
+    """
+    column = getattr(Candidate, sort)
+    query = select(Candidate, Structure).join(Structure, Structure.id == Candidate.structure_id)
+    query = query.where(Candidate.job_id == job_id)
+    if behind is not None:
+        here, there = tuple_(column, Candidate.id), tuple_(*behind)
+        query = query.where(here < there if descending else here > there)
+    keys = (column, Candidate.id)
+    query = query.order_by(*(key.desc() if descending else key.asc() for key in keys)).limit(limit)
+    return [(candidate, structure) for candidate, structure in session.execute(query)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, func, or_, select, update
+from sqlalchemy import CursorResult, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from latency_profiler.errors import NotFound, SecateursError
@@ -229,7 +229,8 @@ def _end(session: Session, job_id: str, state: JobState, **changes: Any) -> None
     done = session.execute(update(Job).where(Job.id == job_id, Job.state.not_in(TERMINAL)).values(**values))
     assert isinstance(done, CursorResult)
     if done.rowcount:
-        add_event(session, job_id, "state", {"state": state, **({"error": changes["error"]} if "error" in changes else {})})
+        facts = {name: value for name, value in changes.items() if name == "error"}
+        add_event(session, job_id, "state", {"state": state, **facts})
 
 
 def phase_seconds(session: Session, job_id: str) -> dict[str, float]:
@@ -248,3 +249,25 @@ def phase_seconds(session: Session, job_id: str) -> dict[str, float]:
 def clock(session: Session) -> float:
     """Seconds since 1970 by the database."""
     return session.scalar(select(now())) or 0.0
+
+
+def newest(
+    session: Session, *, limit: int, before: tuple[float, str] | None = None, state: JobState | None = None,
+    space: str | None = None, dataset_id: str | None = None,
+) -> Sequence[Job]:  # fmt: skip
+    """Jobs, the newest first.
+
+    Args:
+        before: creation time and id of the job behind which the list begins.
+        space: a space's name or its whole key.
+    """
+    query = select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(tuple_(Job.created_at, Job.id) < tuple_(*before))
+    if state is not None:
+        query = query.where(Job.state == state)
+    if space is not None:
+        query = query.where(or_(Job.space_key == space, Job.space_key.startswith(f"{space}@", autoescape=True)))
+    if dataset_id is not None:
+        query = query.where(Job.dataset_id == dataset_id)
+    return session.scalars(query).all()

@@ -1,6 +1,7 @@
 """What a runner keeps between the steps of its job, so that nothing is read or built twice."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from latency_profiler.cost import Constraint, Metric
+from latency_profiler.errors import DamagedCheckpoint
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -22,11 +24,13 @@ from service.store.blobs import blob_path
 from service.store.jobs import Claim
 from service.store.models import Dataset, Job
 from service.store.session import transaction
+from workers import checkpoints
 from workers.budget import Budget
 from workers.datasets import Data, prepare
-
+from workers.training import Trainer
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 SLICE = 45.0
 """Seconds of training between checkpoints: what a kill costs at most."""
 
@@ -125,6 +129,13 @@ class Context:
             self.kept[name] = (wanted, make())
         made: T = self.kept[name][1]
         return made
+
+    def restore(self, trainer: Trainer, sha256: str, counters: dict[str, Any]) -> None:
+        """Let a trainer go on from a checkpoint; from its beginning if the file is damaged, which ends the same."""
+        try:
+            trainer.restore(checkpoints.load(blob_path(sha256), sha256), counters)
+        except DamagedCheckpoint as error:
+            log.warning("job %s trains from the beginning: %s", self.claim.job_id, error)
 
     def rename(self, name: str, key: Any) -> None:
         """The kept thing has moved on: it is now what this key would make."""

@@ -29,7 +29,9 @@ def step(context: Context, job: Job) -> Outcome:
     done = len(job.memory["queue"]) - len(waiting)
     kept = job.memory.get("checkpoint") or {}
     sha256 = kept.get("sha256")
-    trainer = context.keep("scratch", [trial["structure_id"], trial["role"], sha256], lambda: _trainer(context, trial, kept))
+    trainer = context.keep(
+        "scratch", [trial["structure_id"], trial["role"], sha256], lambda: _trainer(context, trial, kept)
+    )
 
     def progress() -> dict[str, Any]:
         share = done + trainer.done / trainer.total
@@ -50,7 +52,7 @@ def _trainer(context: Context, trial: dict[str, Any], kept: dict[str, Any]) -> S
         context.space, tuple(trial["channels"]), context.data, settings, context.spec.seed, context.device
     )
     if kept:
-        trainer.restore(checkpoints.load(blobs.blob_path(kept["sha256"]), kept["sha256"]), kept["counters"])
+        context.restore(trainer, kept["sha256"], kept["counters"])
     return trainer
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.spaces.space import Space
 from service.store import candidates, devices, jobs
 from service.store.candidates import Judged
@@ -117,7 +116,9 @@ def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]
     space = context.space
     best = search.top(context.spec.retraining.top or 1, lambda encoding: space.digest(space.channels(encoding)))
     queue = [
-        _trial(space, Role.WINNER, rank, space.channels(one.proposal.encoding), one.proposal.encoding, one.score.accuracy)
+        _trial(
+            space, Role.WINNER, rank, space.channels(one.proposal.encoding), one.proposal.encoding, one.score.accuracy
+        )
         for rank, one in enumerate(best)
     ]
     if context.spec.baselines:

@@ -71,7 +71,7 @@ def _trainer(
         band if context.spec.training.band else None, context.device,
     )  # fmt: skip
     if checkpoint is not None and counters is not None:
-        trainer.restore(checkpoints.load(blobs.blob_path(checkpoint), checkpoint), counters)
+        context.restore(trainer, checkpoint, counters)
     return trainer
 
 

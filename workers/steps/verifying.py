@@ -7,7 +7,7 @@ from service.store.models import Job, JobState, Role
 from service.store.session import transaction
 from workers.steps import measuring
 from workers.steps.context import Context
-from workers.steps.outcome import ENDED, FOR_DEVICE, MOVED, Outcome
+from workers.steps.outcome import ENDED, FOR_DEVICE, Outcome
 from workers.steps.searching import search_on
 
 GUEST_SECONDS = 60.0
