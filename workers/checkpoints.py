@@ -1,0 +1,105 @@
+"""Tensors and bytes as files that are named by their content.
+
+A file is written beside its place, flushed to disk and renamed, so that a name never stands for half a file; which
+file counts is for a database row to say. Tensors are safetensors: no pickle, nothing that could run.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latency_profiler.errors import DamagedCheckpoint
+
+META = "secateurs"
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> str:
+    """Write tensors and JSON metadata below `folder`; returns the SHA-256 that names the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(folder)
+    try:
+        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(flat, temporary, {META: json.dumps(dict(meta or {}), sort_keys=True)})
+        return _keep(folder, temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_blob(folder: Path, content: bytes) -> str:
+    """Write bytes below `folder`; returns the SHA-256 that names the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(folder)
+    try:
+        temporary.write_bytes(content)
+        return _keep(folder, temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        DamagedCheckpoint: the file is missing, or its content has another digest.
+    """
+    return _read(path, sha256)[0]
+
+
+def load_meta(path: Path, sha256: str) -> dict[str, Any]:
+    """The metadata of a file; raises as `load` does."""
+    return _read(path, sha256)[1]
+
+
+def path_of(folder: Path, sha256: str) -> Path:
+    """Where `save` and `write_blob` put the file of this content."""
+    return folder / sha256[:2] / sha256
+
+
+def _read(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        if (found := _digest(path)) != sha256:
+            raise DamagedCheckpoint(f"checkpoint {path.name} has the digest {found}, not {sha256}; it was changed")
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get(META, "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path.name} cannot be read: {error}") from error
+
+
+def _temporary(folder: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
+    os.fchmod(handle, 0o644)  # the service may run as another user than the worker
+    os.close(handle)
+    return Path(name)
+
+
+def _keep(folder: Path, temporary: Path) -> str:
+    """Flush a finished file and move it to its place."""
+    sha256 = _digest(temporary)
+    target = path_of(folder, sha256)
+    target.parent.mkdir(exist_ok=True)
+    _flush(temporary)
+    temporary.replace(target)
+    _flush(target.parent)
+    return sha256
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,72 @@
+"""How good a network is: scoring candidates with a PruningNet's weights, and the final test.
+
+Statistics of a batch norm depend on all widths before it, so they are computed anew for every candidate, as the plain
+mean over batches (an exponential average of k batches would keep 0.9^k of what was there before). All candidates see
+the same images in the same order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from workers.datasets import Batches, Data
+from workers.evolution import Score
+from workers.networks import PlainNetwork
+from workers.pruning_net import PruningNet
+
+BATCH = 250
+"""Larger batches leave the processor's caches."""
+
+
+class Scorer:
+    """Judges encodings of one PruningNet, which it does not change.
+
+    Args:
+        recalibration_images: of the sub-training set, chosen by `seed`.
+    """
+
+    def __init__(
+        self, network: PruningNet, data: Data, *, recalibration_images: int, seed: int, device: torch.device,
+        batch_size: int = BATCH,
+    ) -> None:  # fmt: skip
+        self._network, self._device, self._batch_size = network.to(device), device, batch_size
+        self._recalibration = data.sub_training.sample(recalibration_images, seed)
+        self._validation = data.sub_validation
+
+    def score(self, encoding: Sequence[int]) -> Score:
+        """Accuracy and loss on the sub-validation set with generated weights and recalibrated batch norms."""
+        plain = self._network.crop(encoding)
+        recalibrate(plain, self._recalibration, self._batch_size, self._device)
+        return evaluate(plain, self._validation, self._device, self._batch_size)
+
+
+@torch.inference_mode()
+def recalibrate(network: nn.Module, batches: Batches, batch_size: int, device: torch.device) -> None:
+    """Set every batch norm's statistics to the mean over batches; leaves the network in eval mode."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to ask for a cumulative average
+    network.train()
+    for images, _ in batches.plain(batch_size, device):
+        network(images)
+    network.eval()
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, batches: Batches, device: torch.device, batch_size: int = BATCH) -> Score:
+    """Accuracy and mean cross entropy of a network in eval mode."""
+    network.eval()
+    right, loss = 0, 0.0
+    for images, labels in batches.plain(batch_size, device):
+        logits = network(images).float()
+        right += int((logits.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+    return Score(right / len(batches), loss / len(batches))
+
+
+def test(network: PlainNetwork, data: Data, device: torch.device) -> Score:
+    """Score on the test set, which nothing else reads."""
+    return evaluate(network.to(device), data.test, device)

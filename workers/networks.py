@@ -1,0 +1,158 @@
+"""A plain torch network of a structure, derived from the space's description."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import skip_init
+
+from latency_profiler.layers import Activation, Layer, Node, Op
+from latency_profiler.spaces.space import IMAGE, Space
+
+NORM_EPSILON = 1e-5
+M = TypeVar("M", bound=nn.Module)
+
+
+def run(nodes: Sequence[Node], images: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """A network's output; `apply` computes node i up to its batch norm, additions and activations are done here.
+
+    A map is dropped after its last reader, so that large batches fit.
+    """
+    last = {reader: i for i, node in enumerate(nodes) for reader in (node.input, node.shortcut)}
+    maps: dict[int, Tensor] = {IMAGE: images}
+    for i, node in enumerate(nodes):
+        x = apply(i, maps[node.input])
+        if node.shortcut is not None:
+            x = x.add_(maps[node.shortcut])
+        maps[i] = activate(x, node.layer.activation)
+        for read in (node.input, node.shortcut):
+            if read is not None and last[read] == i:
+                maps.pop(read, None)
+    return maps[len(nodes) - 1]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation, in place: no batch norm or addition needs its own output for the backward pass."""
+    match activation:
+        case Activation.RELU:
+            return functional.relu_(x)
+        case Activation.RELU6:
+            return functional.hardtanh_(x, 0.0, 6.0)
+        case Activation.NONE:
+            return x
+
+
+def pool(layer: Layer, x: Tensor) -> Tensor:
+    """Max pooling, or the mean over all pixels."""
+    if layer.op is Op.MAX_POOL:
+        return functional.max_pool2d(x, layer.kernel, layer.stride, layer.padding)
+    return x.mean((2, 3), keepdim=True)
+
+
+class PlainNetwork(nn.Module):
+    """One structure as an ordinary network: convolutions with batch norm, He initialisation from `seed`.
+
+    Sub-modules: `convs.<i>`, `norms.<i>`, `linears.<i>`, with i the index of the node.
+    """
+
+    def __init__(self, space: Space, channels: Sequence[int], seed: int = 0) -> None:
+        super().__init__()
+        self.space, self.channels = space, space.complete(channels)
+        self.nodes = space.nodes(channels)
+        self.convs, self.norms, self.linears = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for i, node in enumerate(self.nodes):
+            if node.layer.op in (Op.CONV, Op.DEPTHWISE):
+                self.convs[str(i)] = _conv(node.layer)
+                self.norms[str(i)] = nn.BatchNorm2d(node.layer.c_out, eps=NORM_EPSILON)
+            elif node.layer.op is Op.LINEAR:
+                self.linears[str(i)] = bare(nn.Linear, node.layer.c_in, node.layer.c_out)
+        self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """He initialisation (fan-out for convolutions); classifiers with deviation 0.01 and zero bias."""
+        random = torch.Generator().manual_seed(seed)
+        for conv in self.convs.values():
+            assert isinstance(conv, nn.Conv2d)
+            fan_out = conv.out_channels * conv.kernel_size[0] ** 2 // conv.groups
+            conv.weight.normal_(0.0, (2.0 / fan_out) ** 0.5, generator=random)
+        for linear in self.linears.values():
+            assert isinstance(linear, nn.Linear)
+            linear.weight.normal_(0.0, 0.01, generator=random)
+            linear.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, classes) of images (b, 3, s, s)."""
+        return run(self.nodes, images, self._compute)
+
+    def _compute(self, i: int, x: Tensor) -> Tensor:
+        layer, name = self.nodes[i].layer, str(i)
+        match layer.op:
+            case Op.CONV | Op.DEPTHWISE:
+                y: Tensor = self.norms[name](self.convs[name](x))
+                return y
+            case Op.LINEAR:
+                z: Tensor = self.linears[name](x.flatten(1))
+                return z
+            case _:
+                return pool(layer, x)
+
+    def decayed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters with and without weight decay: dense convolutions and linear layers have it.
+
+        Depthwise convolutions and batch norms have none (MetaPruning, the authors' MobileNetV1).
+        """
+        dense = [
+            parameter
+            for i, node in enumerate(self.nodes)
+            for name in ("convs", "linears")
+            if node.layer.op is not Op.DEPTHWISE and str(i) in getattr(self, name)
+            for parameter in getattr(self, name)[str(i)].parameters()
+        ]
+        known = set(map(id, dense))
+        return dense, [parameter for parameter in self.parameters() if id(parameter) not in known]
+
+
+def folded_weights(network: PlainNetwork) -> dict[str, npt.NDArray[np.float32]]:
+    """`<node>.weight` and `<node>.bias` with batch norm folded into its convolution, as a runtime deploys them."""
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
+    for i, node in enumerate(network.nodes):
+        name = str(i)
+        if name in network.convs:
+            weight, bias = fold(network.convs[name], network.norms[name])
+        elif name in network.linears:
+            linear = network.linears[name]
+            assert isinstance(linear, nn.Linear)
+            weight, bias = linear.weight, linear.bias
+        else:
+            continue
+        arrays[f"{node.name}.weight"] = weight.detach().float().cpu().contiguous().numpy()
+        arrays[f"{node.name}.bias"] = bias.detach().float().cpu().numpy()
+    return arrays
+
+
+def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what `conv` and then `norm` in eval mode do."""
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+
+
+def _conv(layer: Layer) -> nn.Conv2d:
+    return bare(
+        nn.Conv2d, layer.c_in, layer.c_out, layer.kernel, stride=layer.stride, padding=layer.padding,
+        groups=layer.c_in if layer.op is Op.DEPTHWISE else 1, bias=False,
+    )  # fmt: skip
+
+
+def bare(make: type[M], *sizes: int, **options: Any) -> M:
+    """A layer without values: torch itself would draw them from the global generator."""
+    made: M = skip_init(make, *sizes, **options)  # type: ignore[no-untyped-call]
+    return made

@@ -1,0 +1,230 @@
+"""PruningNet: a network that writes the weights of every structure of a space (MetaPruning, section 3.1).
+
+Each convolution has a block of two fully-connected layers, Linear(d, H), ReLU, Linear(H, c_out * c_in * k * k). A block
+is fed the scales (0.10 to 1.00) of the slots in `unit.encoding`, in that order; a fixed slot has scale 1. The weight of
+a structure is the leading block of the block's output, so only that part is computed: `c_out` and `c_in` are
+dimensions of the second layer's parameters.
+
+Every place has one batch norm per choice of `unit.norm_slot` (one for a fixed slot). In spaces without shortcuts the
+norms of the first convolution and of depthwise convolutions are affine, all others are not: the authors' MobileNetV1,
+V2 and ResNet. Classifiers are ordinary linear layers, cropped by columns.
+
+Letters: d slots fed, H hidden units, k kernel side, c channels, b images.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latency_profiler.layers import Op
+from latency_profiler.spaces.space import CHOICES, IMAGE, Slot, Space, Unit, scale
+from workers.networks import NORM_EPSILON, PlainNetwork, pool, run
+
+NORM_MOMENTUM = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """The leading part of a second layer: weight (c_out, c_in, k*k, H) and bias (c_out, c_in, k*k)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Generator(nn.Module):
+    """Writes the weight of one convolution."""
+
+    def __init__(self, unit: Unit, hidden: int) -> None:
+        super().__init__()
+        c_in = 1 if unit.op is Op.DEPTHWISE else unit.source.base
+        shape = (unit.target.base, c_in, unit.kernel**2)
+        self.kernel = unit.kernel
+        self.first_weight = nn.Parameter(torch.empty(hidden, len(unit.encoding)))
+        self.first_bias = nn.Parameter(torch.empty(hidden))
+        self.weight = nn.Parameter(torch.empty(*shape, hidden))
+        self.bias = nn.Parameter(torch.empty(shape))
+
+    def crop(self, c_out: int, c_in: int) -> Crop:
+        """The part that a weight of these widths is computed from."""
+        return Crop(self.weight[:c_out, :c_in], self.bias[:c_out, :c_in])
+
+    def forward(self, scales: Tensor, crop: Crop) -> Tensor:
+        """Weight (c_out, c_in, k, k) for the scales (d,) of a unit's encoding."""
+        hidden = functional.relu(functional.linear(scales, self.first_weight, self.first_bias))
+        weight = crop.weight @ hidden + crop.bias  # (c_out, c_in, k*k)
+        return weight.reshape(*weight.shape[:2], self.kernel, self.kernel)
+
+
+class ChoiceNorm(nn.Module):
+    """One batch norm per choice of a slot; row i of every tensor belongs to choice i, columns are channels."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, unit: Unit, options: int, affine: bool) -> None:
+        super().__init__()
+        shape = (options, unit.target.base)
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
+        self.weight = nn.Parameter(torch.ones(shape)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
+
+    def forward(self, x: Tensor, option: int) -> Tensor:
+        """Normalised maps (b, c, s, s); in training mode only row `option` of the statistics moves."""
+        c = x.shape[1]
+        return functional.batch_norm(
+            x, self.mean[option, :c], self.variance[option, :c],
+            None if self.weight is None else self.weight[option, :c],
+            None if self.bias is None else self.bias[option, :c],
+            training=self.training, momentum=NORM_MOMENTUM, eps=NORM_EPSILON,
+        )  # fmt: skip
+
+
+class Classifier(nn.Module):
+    """A linear layer of which a structure uses the leading columns."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(unit.target.base, unit.source.base * unit.features))
+        self.bias = nn.Parameter(torch.empty(unit.target.base))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (b, c_out) of maps (b, c, s, s)."""
+        x = x.flatten(1)
+        return functional.linear(x, self.weight[:, : x.shape[1]], self.bias)
+
+
+class PruningNet(nn.Module):
+    """All structures of a space in one network, initialised from `seed` as torch initialises linear layers.
+
+    Args:
+        hidden: hidden units of every block; None is as published: 64 for MobileNetV2's bottlenecks, else 32.
+    """
+
+    def __init__(self, space: Space, hidden: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.space = space
+        affine = all(unit.shortcut is None for unit in space.units)
+        self.generators, self.norms, self.classifiers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for i, unit in enumerate(space.units):
+            if unit.encoding:
+                self.generators[str(i)] = Generator(unit, hidden or _hidden(space, unit))
+                plain = unit.input == IMAGE or unit.op is Op.DEPTHWISE
+                options = 1 if _gene(space, unit.norm_slot) is None else CHOICES
+                self.norms[str(i)] = ChoiceNorm(unit, options, affine and plain)
+            elif unit.op is Op.LINEAR:
+                self.classifiers[str(i)] = Classifier(unit)
+        self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Every layer uniform in ± 1 / sqrt(inputs)."""
+        random = torch.Generator().manual_seed(seed)
+        for block in self.generators.values():
+            assert isinstance(block, Generator)
+            hidden, inputs = block.first_weight.shape
+            for weight, fan_in in (
+                (block.first_weight, inputs), (block.first_bias, inputs), (block.weight, hidden), (block.bias, hidden),
+            ):  # fmt: skip
+                weight.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=random)
+        for layer in self.classifiers.values():
+            assert isinstance(layer, Classifier)
+            for weight in layer.parameters():
+                weight.uniform_(-(layer.weight.shape[1] ** -0.5), layer.weight.shape[1] ** -0.5, generator=random)
+
+    def crops(self, encoding: Sequence[int]) -> dict[str, Crop]:
+        """The parts of the blocks' second layers that a structure's weights are computed from, as views."""
+        nodes = self.space.nodes(self.space.channels(encoding))
+        return {
+            name: self._block(name).crop(layer.c_out, 1 if layer.op is Op.DEPTHWISE else layer.c_in)
+            for name in self.generators
+            for layer in (nodes[int(name)].layer,)
+        }
+
+    def forward(self, images: Tensor, encoding: Sequence[int], crops: Mapping[str, Crop] | None = None) -> Tensor:
+        """Logits (b, classes) of images (b, 3, s, s); `crops` stands in for the network's own `crops(encoding)`."""
+        weights = self.generate(encoding, crops)
+        nodes = self.space.nodes(self.space.channels(encoding))
+
+        def compute(i: int, x: Tensor) -> Tensor:
+            layer, name = nodes[i].layer, str(i)
+            if name in weights:
+                groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
+                x = functional.conv2d(x, weights[name], None, layer.stride, layer.padding, 1, groups)
+                normed: Tensor = self.norms[name](x, option(self.space, self.space.units[i], encoding))
+                return normed
+            if name in self.classifiers:
+                logits: Tensor = self.classifiers[name](x)
+                return logits
+            return pool(layer, x)
+
+        return run(nodes, images, compute)
+
+    def generate(self, encoding: Sequence[int], crops: Mapping[str, Crop] | None = None) -> dict[str, Tensor]:
+        """The weight of every convolution of a structure, by the index of its unit."""
+        crops = self.crops(encoding) if crops is None else crops
+        weights = {}
+        for name, crop in crops.items():
+            scales = [_scale(self.space, slot, encoding) for slot in self.space.units[int(name)].encoding]
+            weights[name] = self._block(name)(torch.tensor(scales, device=crop.bias.device), crop)
+        return weights
+
+    @torch.no_grad()
+    def crop(self, encoding: Sequence[int]) -> PlainNetwork:
+        """The structure as a plain network with the generated weights, the selected batch norms, and eval mode."""
+        plain = PlainNetwork(self.space, self.space.channels(encoding))
+        for name, weight in self.generate(encoding).items():
+            plain.convs[name].weight = nn.Parameter(weight)
+            ours, theirs = self.norms[name], plain.norms[name]
+            assert isinstance(ours, ChoiceNorm)
+            assert isinstance(theirs, nn.BatchNorm2d)
+            row, c = option(self.space, self.space.units[int(name)], encoding), theirs.num_features
+            theirs.running_mean, theirs.running_var = ours.mean[row, :c].clone(), ours.variance[row, :c].clone()
+            if ours.weight is not None and ours.bias is not None:
+                theirs.weight.copy_(ours.weight[row, :c])
+                theirs.bias.copy_(ours.bias[row, :c])
+        for name, layer in self.classifiers.items():
+            assert isinstance(layer, Classifier)
+            linear = plain.linears[name]
+            assert isinstance(linear, nn.Linear)
+            linear.weight.copy_(layer.weight[:, : linear.in_features])
+            linear.bias.copy_(layer.bias)
+        return plain.to(self._device).eval()
+
+    def ordinary(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters outside the generators' second layers: those with weight decay, and those without (norms)."""
+        blocks = [self._block(name) for name in self.generators]
+        decayed = [parameter for block in blocks for parameter in (block.first_weight, block.first_bias)]
+        return decayed + list(self.classifiers.parameters()), list(self.norms.parameters())
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _block(self, name: str) -> Generator:
+        block = self.generators[name]
+        assert isinstance(block, Generator)
+        return block
+
+
+def option(space: Space, unit: Unit, encoding: Sequence[int]) -> int:
+    """Which of a place's batch norms a structure uses."""
+    gene = _gene(space, unit.norm_slot)
+    return 0 if gene is None else encoding[gene]
+
+
+def _gene(space: Space, slot: Slot | None) -> int | None:
+    """The gene that chooses a slot, if one does."""
+    return slot.index if slot is not None and slot in space.genes else None
+
+
+def _scale(space: Space, slot: Slot, encoding: Sequence[int]) -> float:
+    gene = _gene(space, slot)
+    return 1.0 if gene is None else scale(encoding[gene])
+
+
+def _hidden(space: Space, unit: Unit) -> int:
+    return 64 if space.name == "mobilenet_v2" and len(unit.encoding) == 3 else 32

@@ -1,0 +1,117 @@
+"""SGD with momentum; for generators, at a cost that grows with the part of a parameter that a step uses.
+
+A step of a PruningNet uses a small leading block of each generator's second layer; the gradient of the rest is zero,
+but momentum and weight decay still move it. For an entry without gradient one step is linear,
+
+    m' = momentum * m + decay * w
+    w' = w - rate * m'
+
+so `skipped` steps are one 2 x 2 matrix power, applied when the entry is next used. With the gradient g of the step
+itself added (m' += g, w' -= rate * g) this is plain SGD up to rounding, at the cost of the block instead of the whole.
+The matrix belongs to one learning rate: `catch_up` brings every entry up to date before the rate changes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workers.pruning_net import Crop
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one step does."""
+
+    rate: float
+    momentum: float
+    decay: float
+
+    def powers(self, steps: int) -> Tensor:
+        """(steps + 1, 4): row k has the entries w<-w, w<-m, m<-w, m<-m of k steps without gradient."""
+        m_row = [self.decay, self.momentum]
+        one = np.array([[1 - self.rate * m_row[0], -self.rate * m_row[1]], m_row])
+        rows = [np.eye(2)]
+        for _ in range(steps):
+            rows.append(one @ rows[-1])
+        return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(steps + 1, 4))
+
+
+class Momentum:
+    """Plain SGD over whole parameters, of which the first ones have weight decay and the others none."""
+
+    def __init__(self, decayed: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+        self.parameters: list[Tensor] = [*decayed, *others]
+        self.moments = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self._decayed = len(decayed)
+
+    @torch.no_grad()
+    def step(self, rule: Rule) -> None:
+        """Move by the gathered gradients, and drop them; a parameter without one moves by momentum and decay."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if self._decayed:
+            torch._foreach_add_(gradients[: self._decayed], self.parameters[: self._decayed], alpha=rule.decay)
+        torch._foreach_mul_(self.moments, rule.momentum)
+        torch._foreach_add_(self.moments, gradients)
+        torch._foreach_add_(self.parameters, self.moments, alpha=-rule.rate)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class CroppedSGD:
+    """Moves one weight (c_out, c_in, k*k, H) and its bias (c_out, c_in, k*k) by gradients of their leading blocks.
+
+    `done` (c_out, c_in) counts the steps since the last `catch_up` that are contained in each entry.
+    """
+
+    def __init__(self, whole: Crop) -> None:
+        self.whole = whole
+        self.momentum = Crop(torch.zeros_like(whole.weight), torch.zeros_like(whole.bias))
+        self.done = torch.zeros(whole.bias.shape[:2], dtype=torch.int64, device=whole.bias.device)
+
+    def current(self, crop: Crop, step: int, powers: Tensor) -> Crop:
+        """A leading block as it is after `step` steps, as new leaves that gather gradients."""
+        c_out, c_in = crop.bias.shape[:2]
+        factors = powers[step - self.done[:c_out, :c_in]]  # (c_out, c_in, 4)
+        weight, bias = (
+            _combined(value, moment, factors, 0).requires_grad_()
+            for value, moment in self._pairs(c_out, c_in)
+        )  # fmt: skip
+        return Crop(weight, bias)
+
+    def step(self, crop: Crop, step: int, powers: Tensor, rate: float) -> None:
+        """One more step: the block that `current` gave moves by the gradients that its leaves gathered."""
+        c_out, c_in = crop.bias.shape[:2]
+        factors = powers[step + 1 - self.done[:c_out, :c_in]]
+        for (value, moment), leaf in zip(self._pairs(c_out, c_in), (crop.weight, crop.bias), strict=True):
+            assert leaf.grad is not None
+            moved = _combined(value, moment, factors, 2).add_(leaf.grad)
+            value.copy_(_combined(value, moment, factors, 0).add_(leaf.grad, alpha=-rate))
+            moment.copy_(moved)
+        self.done[:c_out, :c_in] = step + 1
+
+    def catch_up(self, step: int, powers: Tensor) -> None:
+        """Bring every entry to `step` steps, and count from zero again."""
+        factors = powers[step - self.done]
+        for value, moment in self._pairs(*self.done.shape):
+            moved = _combined(value, moment, factors, 2)
+            value.copy_(_combined(value, moment, factors, 0))
+            moment.copy_(moved)
+        self.done.zero_()
+
+    def _pairs(self, c_out: int, c_in: int) -> list[tuple[Tensor, Tensor]]:
+        """The leading blocks of weight and bias, each with its momentum."""
+        whole, momentum = self.whole, self.momentum
+        return [
+            (whole.weight.detach()[:c_out, :c_in], momentum.weight[:c_out, :c_in]),
+            (whole.bias.detach()[:c_out, :c_in], momentum.bias[:c_out, :c_in]),
+        ]
+
+
+def _combined(value: Tensor, moment: Tensor, factors: Tensor, column: int) -> Tensor:
+    """Value * factors[column] + moment * factors[column + 1], entry by entry of (c_out, c_in)."""
+    trailing = (1,) * (value.dim() - 2)
+    of_value = factors[..., column].reshape(*factors.shape[:2], *trailing)
+    of_moment = factors[..., column + 1].reshape(*factors.shape[:2], *trailing)
+    return (value * of_value).addcmul_(moment, of_moment)
