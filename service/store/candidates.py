@@ -12,8 +12,6 @@ from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
 from service.store.models import Candidate, Job, Structure, StructureLatency
 
-SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -84,22 +82,3 @@ def record_generation(
 def encoding_key(encoding: Sequence[int]) -> str:
     """The genes joined by commas."""
     return ",".join(map(str, encoding))
-
-
-def of_job(
-    session: Session, job_id: str, sort: SortKey, descending: bool, limit: int, behind: tuple[float, int] | None = None
-) -> Sequence[tuple[Candidate, Structure]]:
-    """A job's candidates with their structures, in an order whose ties are broken by age.
-
-    Args:
-        behind: sort value and id of the candidate behind which the list begins.
-    """
-    column = getattr(Candidate, sort)
-    query = select(Candidate, Structure).join(Structure, Structure.id == Candidate.structure_id)
-    query = query.where(Candidate.job_id == job_id)
-    if behind is not None:
-        here, there = tuple_(column, Candidate.id), tuple_(*behind)
-        query = query.where(here < there if descending else here > there)
-    keys = (column, Candidate.id)
-    query = query.order_by(*(key.desc() if descending else key.asc() for key in keys)).limit(limit)
-    return [(candidate, structure) for candidate, structure in session.execute(query)]
