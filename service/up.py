@@ -68,10 +68,10 @@ def locked(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the service as Ctrl-C does."""
+    """SIGTERM and a closed terminal end the service in the same order as Ctrl-C does, with exit code 0."""
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
@@ -149,14 +149,16 @@ class Up:
         key, new = self._key(env)
         for name, *argv in self._services():
             self._spawn(name, [sys.executable, "-m", *argv], env)
-        client = Client(self.url, key)
-        self._await_ready(client)
-        if self.agent:
-            argv = ["latency_profiler.agent", "--server", self.url, "--device", THIS_MACHINE]
-            # The token travels in the environment: every user of a machine can read its command lines.
-            env = env | {"SECATEURS_TOKEN": self._token(client)}
-            self._spawn("agent", [sys.executable, "-m", *argv], env)
+        with Client(self.url, key) as client:
+            self._await_ready(client)
+            if self.agent:
+                self._start_agent(client, env)
         self._greet(key if new else None)
+
+    def _start_agent(self, client: Client, env: Mapping[str, str]) -> None:
+        """The token travels in the environment: every user of a machine can read its command lines."""
+        argv = ["latency_profiler.agent", "--server", self.url, "--device", THIS_MACHINE]
+        self._spawn("agent", [sys.executable, "-m", *argv], {**env, "SECATEURS_TOKEN": self._token(client)})
 
     def _services(self) -> list[list[str]]:
         return [

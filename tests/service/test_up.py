@@ -1,0 +1,218 @@
+"""`secateurs up` with real processes and real signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from latency_profiler.client import Client
+from latency_profiler.errors import ServiceError
+from service.children import Child
+from service.up import SOCKET_PATH, Up, UpError, find_broker, locked
+
+CHILDREN = {"broker", "api", "reconciler", "worker"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+class Service:
+    """One `secateurs up` in a home of its own."""
+
+    def __init__(self, home: Path, *options: str) -> None:
+        self.home, self.port = home, free_port()
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SECATEURS_")}
+        self.output = home.parent / f"{self.port}.out"
+        with self.output.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service.cli", "up", "--home", str(home), "--port", str(self.port), *options],
+                env=env, stdout=out, stderr=out, start_new_session=True,
+            )  # fmt: skip
+
+    def ask(self, question: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
+        known = json.loads((self.home / "client.json").read_text())
+        with Client(known["server"], known["key"]) as client:
+            return question(client)
+
+    def ready(self) -> None:
+        def said() -> bool:
+            assert self.process.poll() is None, self.said
+            return "Secateurs is ready" in self.said
+
+        assert eventually(said, 60), self.said
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def descendants(self) -> list[psutil.Process]:
+        return list(psutil.Process(self.process.pid).children(recursive=True))
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Callable[..., Service]]:
+    services: list[Service] = []
+
+    def begin(*options: str, at: Path = home) -> Service:
+        services.append(Service(at, *options))
+        return services[-1]
+
+    yield begin
+    for service in services:
+        service.stop()
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_starts_refuses_a_second_one_and_ends_on_ctrl_c(start: Callable[..., Service], home: Path) -> None:
+    first = start("--no-agent")
+    first.ready()
+    assert first.ask(Client.ready)["status"] == "ready"
+    assert (home / "client.json").stat().st_mode & 0o777 == 0o600
+
+    second = start("--no-agent")
+    assert second.process.wait(20) == 1
+    assert f"process {first.process.pid}" in second.said
+    assert first.process.poll() is None
+
+    children = first.descendants()
+    assert len(children) >= len(CHILDREN)
+    begun = time.monotonic()
+    first.process.send_signal(signal.SIGINT)
+    assert first.process.wait(20) == 130
+    assert time.monotonic() - begun < 10
+    assert gone(children)
+    assert "Traceback" not in first.said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux kills children with their parent")
+def test_leaves_nothing_when_killed_and_starts_again(start: Callable[..., Service], home: Path) -> None:
+    first = start("--no-agent")
+    first.ready()
+    key = json.loads((home / "client.json").read_text())["key"]
+    children = first.descendants()
+    first.process.kill()
+    first.process.wait()
+    assert eventually(lambda: gone(children), 5), [child.cmdline() for child in children if child.is_running()]
+
+    again = start("--no-agent")
+    again.ready()
+    assert json.loads((home / "client.json").read_text())["key"] == key
+    assert again.ask(Client.jobs)["items"] == []
+
+
+def test_a_child_that_dies_is_started_again(start: Callable[..., Service]) -> None:
+    service = start("--no-agent")
+    service.ready()
+    api = next(child for child in service.descendants() if "service.app:create_app" in child.cmdline())
+    api.kill()
+
+    def answers() -> bool:
+        try:
+            return bool(service.ask(Client.ready))
+        except ServiceError:
+            return False
+
+    assert eventually(lambda: "api ended with code -9" in service.said and answers(), 30), service.said
+
+
+def test_a_taken_port_is_named_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        up = Up(tmp_path / "home", "127.0.0.1", port, 1, False, lambda _line: None)
+        with pytest.raises(UpError, match=f"{port}.*--port"):
+            up.run()
+
+
+def test_the_home_is_free_again_after_use(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(UpError, match="another `secateurs up`"), locked(tmp_path):
+            pass
+
+
+def test_a_broker_is_found_without_a_server_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    server = find_broker()
+    assert server is not None
+    assert "valkey" in server
+    assert b"v=" in subprocess.run([server, "--version"], capture_output=True, check=True).stdout
+
+
+def test_a_long_home_gets_a_short_socket(tmp_path: Path) -> None:
+    for name in ("x" * 120, "with space"):
+        up = Up(tmp_path / name, "127.0.0.1", 1, 1, False, print)
+        assert SOCKET_PATH.fullmatch(str(up._socket_path()))
+        assert up.scratch is not None
+        up.scratch.rmdir()
+
+
+def test_backoff_doubles_for_a_child_that_keeps_dying(tmp_path: Path) -> None:
+    child = Child("broken", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], {}, tmp_path / "broken.log")
+    delays = []
+    for _ in range(3):
+        child.start()
+        assert child.process is not None
+        child.process.wait()
+        message = child.tend()
+        assert message is not None
+        assert "code 3" in message
+        assert child.retry_at is not None
+        delays.append(child.retry_at - time.monotonic())
+    assert delays == pytest.approx([0.5, 1.0, 2.0], abs=0.1)
+    assert child.last_line() == "why"
+
+
+def test_a_child_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print('up', flush=True); "
+        "time.sleep(60)"
+    )
+    child = Child("stubborn", [sys.executable, "-c", code], {}, tmp_path / "stubborn.log")
+    child.start()
+    assert child.process is not None
+    assert eventually(lambda: child.last_line() == "up", 10)
+    family = psutil.Process(child.process.pid).children()
+    assert len(family) == 1
+    child.terminate()
+    child.end(time.monotonic() + 0.2)
+    assert eventually(lambda: gone(family), 5)
