@@ -59,7 +59,7 @@ class Effort:
 
     value: float = 1e-3
     least: int = 7
-    most: int = 15
+    most: int = 11
     cap: float = 0.5
     steady_share: float = 0.02
 
