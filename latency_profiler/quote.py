@@ -24,6 +24,9 @@ def quote(space: Space, channels: Sequence[int], table: LatencyTable | None = No
     layers = [node.layer for node in nodes]
     priced: dict[str, Any] = {
         "space": space.name,
+        "image_size": space.image_size,
+        "width": space.width,
+        "classes": space.classes,
         "encoding": _encoding(space, channels),
         "channels": list(channels),
         "flops": cost.flops(layers),

@@ -109,14 +109,19 @@ def profile(
     image_size: ImageSize = None,
     width: Width = 1.0,
     classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
-    points: Annotated[int | None, typer.Option(min=2, help="Widths per slot; the rest is interpolated.")] = None,
+    last_layer: Annotated[str | None, typer.Option(help="free or fixed: the width before the classifier.")] = None,
+    points: Annotated[
+        int | None, typer.Option(min=3, max=31, help="Widths per slot; the rest is interpolated.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Measure every choice.")] = False,
     server: Server = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Plan the layers of a space to be measured on a device."""
-    request = given(space=space, image_size=image_size, width=width, classes=classes, points=points)
+    request = given(
+        space=space, image_size=image_size, width=width, classes=classes, points=points, last_layer=last_layer
+    )
     with connect(server, key) as client:
         answer = client.profile(device, request | ({"mode": "full"} if full else {}))
     tables.show_json(answer) if as_json else tables.show_facts(out, answer)
@@ -135,12 +140,19 @@ def list_datasets(context: typer.Context, server: Server = None, key: Key = None
 def add_dataset(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     path: Annotated[str, typer.Argument(help="Folder, archive or .npz, relative to the service's data root.")],
-    image_size: ImageSize = None,
+    kind: Annotated[str | None, typer.Option(help="folder, archive or npz; without it the path's ending says.")] = None,
     server: Server = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Register images that lie below the service's data root."""
     with connect(server, key) as client:
-        answer = client.add_dataset(given(name=name, path=path, image_size=image_size))
+        answer = client.add_dataset({"name": name, "path": path, "kind": kind or _kind(path)})
     tables.show_json(answer) if as_json else tables.show_facts(out, answer)
+
+
+def _kind(path: str) -> str:
+    name = path.lower()
+    if name.endswith(".npz"):
+        return "npz"
+    return "archive" if name.endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")) else "folder"

@@ -43,7 +43,7 @@ def submit(
     effort: Annotated[str | None, typer.Option(help="smoke, quick, standard or paper.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     image_size: ImageSize = None,
-    width: Annotated[float | None, typer.Option(help="Width multiplier.")] = None,
+    width: AnyWidth = None,
     last_layer: Annotated[str | None, typer.Option(help="free or fixed: the width before the classifier.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the PruningNet.")] = None,
     generations: Number = None,
@@ -134,7 +134,7 @@ def cancel(job: JobId, server: Server = None, key: Key = None, as_json: Json = F
 
 def candidates(
     job: JobId,
-    sort: Annotated[str | None, typer.Option(help="What comes first, e.g. proxy_accuracy.")] = None,
+    sort: Annotated[str | None, typer.Option(help="By what, e.g. proxy_accuracy, flops or generation.")] = None,
     limit: Limit = 20,
     cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
     server: Server = None,
@@ -149,12 +149,15 @@ def candidates(
 
 
 def best(
-    space: Annotated[str | None, typer.Option(help="Only structures of this space.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Only structures trained on this dataset.")] = None,
+    space: Annotated[str, typer.Option(help="Structures of this space.")],
+    dataset: Annotated[str, typer.Option(help="Judged on this dataset.")],
     max_flops: Count = None,
     max_parameters: Count = None,
     device: Devices = None,
     max_ms: MaxMs = None,
+    image_size: ImageSize = None,
+    width: AnyWidth = None,
+    accuracy: Annotated[str | None, typer.Option(help="Rank by proxy (every candidate) or test accuracy.")] = None,
     limit: Limit = 10,
     server: Server = None,
     key: Key = None,
@@ -165,20 +168,31 @@ def best(
     flops, parameters = parse_count(max_flops), parse_count(max_parameters)
     with connect(server, key) as client:
         answer = client.best(
-            space, dataset, max_flops=flops, max_parameters=parameters, max_latency_ms=bounds, limit=limit
+            space,
+            dataset,
+            max_flops=flops,
+            max_parameters=parameters,
+            max_latency_ms=bounds,
+            limit=limit,
+            image_size=image_size,
+            width=width,
+            accuracy=accuracy,
         )
     tables.show_json(answer) if as_json else tables.show_structures(out, answer["items"])
 
 
 def pareto(
     space: Annotated[str, typer.Option(help="Structures of this space.")],
-    dataset: Annotated[str, typer.Option(help="Structures trained on this dataset.")],
-    device: Annotated[str | None, typer.Option(help="Latency on this device; without one, FLOPs.")] = None,
+    dataset: Annotated[str, typer.Option(help="Judged on this dataset.")],
+    device: Annotated[str | None, typer.Option(help="Against latency on this device.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Against flops (the default) or parameters.")] = None,
+    image_size: ImageSize = None,
+    width: AnyWidth = None,
     server: Server = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """The front of accuracy against cost."""
     with connect(server, key) as client:
-        answer = client.pareto(space, dataset, device)
+        answer = client.pareto(space, dataset, device, metric=metric, image_size=image_size, width=width)
     tables.show_json(answer) if as_json else tables.show_structures(out, answer["items"])

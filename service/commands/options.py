@@ -26,6 +26,7 @@ MaxMs = Annotated[list[float] | None, typer.Option(help="Most milliseconds on th
 Limit = Annotated[int, typer.Option(min=1, max=200, help="How many to show.")]
 Count = Annotated[str | None, typer.Option(metavar="COUNT", help="A number, e.g. 1500000, 300K or 1.5M.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+AnyWidth = Annotated[float | None, typer.Option(help="Width multiplier.")]
 Width = Annotated[float, typer.Option(help="Width multiplier.")]
 
 

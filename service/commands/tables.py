@@ -130,7 +130,7 @@ def show_structures(console: Console, structures: Sequence[Row]) -> None:
     """Structures or candidates, best first."""
     rows = [
         [
-            one.get("structure_id") or one.get("id"), percent(one.get("test_accuracy")),
+            one["structure_id"], percent(one.get("test_accuracy")),
             percent(one.get("proxy_accuracy")), count(one["flops"]), count(one["parameters"]),
             milliseconds(one.get("measured_ms") or one.get("predicted_ms")), one["channels"],
         ]

@@ -3,41 +3,33 @@
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from latency_profiler.client import Client
-
-TERMINAL = ("succeeded", "failed", "cancelled", "unverified")
+from latency_profiler.client import TERMINAL, Client
 
 
 class JobBar:
-    """A job's state as a line with a bar; every finished phase stays on the screen."""
+    """A job's phase as a line with a bar; every phase that is over stays on the screen."""
 
-    def __init__(self, progress: Progress, job_id: str) -> None:
-        self._progress, self._job_id = progress, job_id
-        self._state = ""
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._label = progress, label
         self._task: TaskID | None = None
 
-    def show(self, job: dict[str, Any]) -> None:
-        """Draw the job as it is now."""
-        if job["state"] != self._state:
-            self._enter(job["state"])
-        moved = job.get("progress") or {}
-        if self._task is not None and moved.get("total"):
-            self._progress.update(self._task, total=moved["total"], completed=moved.get("done", 0))
-        if job["state"] in TERMINAL:
-            self._finish_bar()
+    def show(self, event: dict[str, Any]) -> None:
+        """Draw what an event tells."""
+        data = event["data"]
+        if event["event"] == "state":
+            self._close()
+            if data["state"] not in TERMINAL:
+                self._task = self._progress.add_task(f"{self._label} {data['state']}", total=None)
+        elif event["event"] == "progress" and self._task is not None and data.get("total"):
+            self._progress.update(self._task, total=data["total"], completed=data.get("done", 0))
 
-    def _enter(self, state: str) -> None:
-        self._finish_bar()
-        self._state = state
-        self._task = self._progress.add_task(f"{self._job_id[:8]} {state}", total=None)
-
-    def _finish_bar(self) -> None:
+    def _close(self) -> None:
         if self._task is not None:
-            total = self._progress.tasks[self._progress.task_ids.index(self._task)].total or 1
-            self._progress.update(self._task, total=total, completed=total)
+            self._progress.update(self._task, total=1, completed=1)
             self._progress.stop_task(self._task)
+            self._task = None
 
 
 def bars(console: Console) -> Progress:
@@ -46,19 +38,16 @@ def bars(console: Console) -> Progress:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console)
 
 
-def follow(client: Client, job_id: str, console: Console) -> dict[str, Any]:
+def follow(client: Client, job_id: str, console: Console, label: str | None = None) -> dict[str, Any]:
     """Show a job until it has ended and return it; a server that goes away is waited for."""
     with bars(console) as progress:
-        bar = JobBar(progress, job_id)
-        bar.show(client.job(job_id))
-        for _ in client.events(job_id):
-            bar.show(client.job(job_id))
-        job = client.job(job_id)
-        bar.show(job)
-    return job
+        bar = JobBar(progress, label or job_id[:8])
+        for event in client.events(job_id):
+            bar.show(event)
+    return client.job(job_id)
