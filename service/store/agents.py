@@ -156,7 +156,7 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
     still_open = work.open_keys(session, device.table_id)
     ready = any(map(work.for_job, touched)) and not any(map(work.for_job, still_open))
     for profile in measurements.profiles(session, device):
-        keys = work.profile_keys(work.profile_space(profile), profile.points)
+        keys = frozenset[str]().union(*work.profile_keys(work.profile_space(profile), profile.points))
         if keys & touched and not keys & still_open:
             _fit(session, device, work.profile_space(profile))
             ready = True
@@ -168,7 +168,7 @@ def _fit(session: Session, device: Device, space: Space) -> None:
     table = measurements.load_table(session, device.name)
     pairs: dict[str, list[tuple[float, float]]] = {FITTED: [], HELD_OUT: []}
     for channels, purpose in calibration_networks(space):
-        seconds = measurements.measured_network(session, device, work.network_item(space, channels, purpose).key)
+        seconds = measurements.measured_network(session, device, work.network_key(space, channels, purpose))
         if seconds is not None and not table.missing(space.layers(channels)):
             total = sum(price.seconds for price in table.price(space, channels).layers)
             pairs[purpose].append((total, seconds))

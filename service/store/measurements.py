@@ -6,8 +6,8 @@ Calls that change a device's tables lock its row first (`devices.lock`, `devices
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sqlalchemy import func, insert, select, update
@@ -31,12 +31,37 @@ from service.store.models import (
     Work,
     WorkKind,
     WorkState,
+    now,
 )  # fmt: skip
 
 FULL = 31
 """Points of a profile that measures every choice."""
 SAMPLED = 6
 """Points that suffice to price every structure of a space, interpolated."""
+RECENT_SECONDS = 300.0
+"""How far back the rate of measuring is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a profile is on the device's current table.
+
+    `layers` are all that structures of the space can have, `measured` those of them that need no interpolation.
+    `seconds_left` is None while nothing was measured lately.
+    """
+
+    profile: Profile
+    planned: int
+    done: int
+    failed: int
+    layers: int
+    measured: int
+    seconds_left: float | None
+
+    @property
+    def waiting(self) -> int:
+        """Layers and networks that are neither measured nor failed."""
+        return self.planned - self.done - self.failed
 
 
 def canonical_sha(value: Any) -> str:
@@ -69,6 +94,46 @@ def profiles(session: Session, device: Device) -> Sequence[Profile]:
     """A device's profiles, oldest first."""
     query = select(Profile).where(Profile.device_id == device.id)
     return session.scalars(query.order_by(Profile.created_at, Profile.id)).all()
+
+
+def progress(session: Session, device: Device) -> list[Progress]:
+    """How far each profile of a device is, oldest first."""
+    measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == device.table_id)))
+    failed, pace = failures(session, device).keys(), _pace(session, device)
+    return [_progress(profile, measured, failed, pace) for profile in profiles(session, device)]
+
+
+def _progress(profile: Profile, measured: set[str], failed: Set[str], pace: float | None) -> Progress:
+    space = work.profile_space(profile)
+    layers, networks = work.profile_keys(space, profile.points)
+    every, _ = work.profile_keys(space, FULL)
+    planned, done, lost = len(layers | networks), len((layers | networks) & measured), len((layers | networks) & failed)
+    left = None if pace is None else pace * (planned - done - lost)
+    return Progress(profile, planned, done, lost, len(every), len(every & measured), left)
+
+
+def _pace(session: Session, device: Device) -> float | None:
+    """Seconds per measurement lately."""
+    recent = select(func.count(), now() - func.min(Measurement.created_at)).where(
+        Measurement.table_id == device.table_id, Measurement.created_at > now() - RECENT_SECONDS
+    )  # fmt: skip
+    count, seconds = session.execute(recent).one()
+    return float(seconds) / count if count else None
+
+
+def counts(session: Session, device: Device) -> dict[WorkState, int]:
+    """How much work of the device's current table is in each state."""
+    query = select(Work.state, func.count()).where(Work.table_id == device.table_id).group_by(Work.state)
+    found = dict.fromkeys(WorkState, 0)
+    found.update(session.execute(query).tuples().all())
+    return found
+
+
+def size(session: Session, table_id: str) -> tuple[int, int]:
+    """Numbers of layers and of networks in a table."""
+    query = select(Measurement.kind, func.count()).where(Measurement.table_id == table_id).group_by(Measurement.kind)
+    found = dict(session.execute(query).tuples().all())
+    return found.get(WorkKind.LAYER, 0), found.get(WorkKind.NETWORK, 0)
 
 
 def current_table(session: Session, device: Device) -> LookupTable | None:

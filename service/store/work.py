@@ -33,14 +33,18 @@ class Item:
     payload: dict[str, Any]
 
 
+def network_key(space: Space, channels: Sequence[int], purpose: str) -> str:
+    """Key of a whole network; the purpose keeps measurements of one structure for different ends apart."""
+    return f"{space.key}|{space.digest(channels)}|{purpose}"
+
+
 def network_item(space: Space, channels: Sequence[int], purpose: str) -> Item:
-    """A whole network; the purpose keeps measurements of one structure for different ends apart."""
-    key = f"{space.key}|{space.digest(channels)}|{purpose}"
+    """A whole network."""
     payload = {
         "nodes": [asdict(node) for node in space.nodes(channels)],
         "space_key": space.key, "channels": list(space.complete(channels)), "purpose": purpose,
     }  # fmt: skip
-    return Item(WorkKind.NETWORK, key, payload)
+    return Item(WorkKind.NETWORK, network_key(space, channels, purpose), payload)
 
 
 def profile_items(space: Space, points: int) -> list[Item]:
@@ -50,9 +54,10 @@ def profile_items(space: Space, points: int) -> list[Item]:
 
 
 @lru_cache(maxsize=64)
-def profile_keys(space: Space, points: int) -> frozenset[str]:
-    """Keys of `profile_items`; those of layers and of networks cannot be equal."""
-    return frozenset(item.key for item in profile_items(space, points))
+def profile_keys(space: Space, points: int) -> tuple[frozenset[str], frozenset[str]]:
+    """Keys of the layers and of the networks among `profile_items`."""
+    networks = (network_key(space, channels, purpose) for channels, purpose in calibration_networks(space))
+    return frozenset(layer.key for layer in plan_layers(space, points)), frozenset(networks)
 
 
 def profile_space(profile: Profile) -> Space:
@@ -135,7 +140,7 @@ def open_keys(session: Session, table_id: str) -> set[str]:
 def retry_failed(session: Session, profile: Profile) -> None:
     """Give the failed work of a profile another chance."""
     query = select(Work).where(Work.table_id == profile.planned_table_id, Work.state == WorkState.FAILED)
-    keys = profile_keys(profile_space(profile), profile.points)
+    keys = frozenset[str]().union(*profile_keys(profile_space(profile), profile.points))
     for work in session.scalars(query):
         if work.key in keys:
             work.state, work.attempts, work.error = WorkState.WAITING, 0, None

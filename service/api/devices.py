@@ -1,0 +1,333 @@
+"""Devices, what they shall measure, and their lookup tables."""
+
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, BackgroundTasks, Header, Path, Query, Response
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, Field
+from sqlalchemy.orm import Session
+
+from latency_profiler.layers import Activation, Op
+from latency_profiler.lookup_table import Fit, LatencyTable
+from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
+from service import broker
+from service.api.auth import Reader, Submitter
+from service.api.problems import responses
+from service.specs import Model, Name
+from service.store import devices, measurements, work
+from service.store.measurements import Progress
+from service.store.models import Device, WorkState
+from service.store.session import snapshot, transaction
+
+LARGEST_TABLE = 32 << 20
+"""Bytes of an imported table."""
+router = APIRouter(prefix="/devices", tags=["devices"])
+DevicePath = Annotated[Name, Path()]
+
+
+def without_nul(text: str) -> str:
+    """A text that every database can store."""
+    if "\0" in text:
+        raise ValueError("must not contain the character NUL")
+    return text
+
+
+Text = Annotated[str, AfterValidator(without_nul)]
+Seconds = Annotated[float, Field(gt=0, lt=1000)]
+Spread = Annotated[float, Field(ge=0, lt=1000)]
+SpaceKey = Annotated[Text, Field(max_length=100)]
+Size = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class DeviceRequest(Model):
+    """A device to be registered."""
+
+    name: Name
+    description: Annotated[Text, Field(max_length=1000)] = ""
+
+
+class FitView(BaseModel):
+    """How the sum of layers becomes a network's latency in a space; errors are shares of the measured time."""
+
+    space_key: str
+    overhead_ms: float
+    slope: float
+    fitted_on: int
+    held_out: int
+    mean_error: float
+    max_error: float
+
+    @classmethod
+    def of(cls, space_key: str, fit: Fit) -> Self:
+        """As it is shown."""
+        return cls(
+            space_key=space_key, overhead_ms=1000 * fit.overhead, slope=fit.slope, fitted_on=fit.fitted_on,
+            held_out=fit.held_out, mean_error=fit.mean_error, max_error=fit.max_error,
+        )  # fmt: skip
+
+
+class SpaceUse(BaseModel):
+    """How many of a space's layers are measured themselves, and how many are interpolated (null until all is done)."""
+
+    space_key: str
+    layers: int
+    measured: int
+    interpolated: int | None
+
+
+class TableView(BaseModel):
+    """The current lookup table of a device."""
+
+    id: str
+    entries: int
+    networks: int
+    spaces: list[SpaceUse]
+    fits: list[FitView]
+
+
+class DeviceView(BaseModel):
+    """A device; `fingerprint` and `table` are null until its agent has come."""
+
+    name: str
+    description: str
+    created_at: float
+    beat_at: float | None
+    alive: bool = Field(description="whether the agent was heard in the last minute")
+    fingerprint: dict[str, Any] | None = Field(description="what the agent runs on: `sha256` and `facts`")
+    measured: int = Field(description="layers and networks in the current table")
+    waiting: int
+    leased: int
+    failed: int
+    table: TableView | None
+
+
+class DeviceList(BaseModel):
+    """All devices by name."""
+
+    items: list[DeviceView]
+
+
+class NewDevice(BaseModel):
+    """A device that was just registered; the token is shown only this once."""
+
+    name: str
+    description: str
+    created_at: float
+    token: str
+
+
+class ProfileRequest(Model):
+    """A space whose layers shall be measured."""
+
+    space: Name
+    image_size: Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[1])] = 224
+    width: Annotated[float, Field(ge=WIDTHS[0], le=WIDTHS[1])] = 1.0
+    classes: Annotated[int, Field(ge=CLASSES[0], le=CLASSES[1])] = 1000
+    last_layer: Literal["free", "fixed"] = "free"
+    mode: Literal["full", "sampled"] = "sampled"
+    points: Annotated[int, Field(ge=3, le=31)] = measurements.SAMPLED
+    """Widths per slot of a sampled profile; the rest is interpolated."""
+
+    def space_arguments(self) -> dict[str, Any]:
+        """Arguments of `get_space`."""
+        return {
+            "name": self.space, "image_size": self.image_size, "width": self.width, "classes": self.classes,
+            "free_last": self.last_layer == "free",
+        }  # fmt: skip
+
+
+class ProfileView(BaseModel):
+    """How far a profile is; `fit` is null until all of it is measured."""
+
+    id: str
+    space: str
+    space_key: str
+    mode: str
+    points: int
+    planned: int
+    done: int
+    failed: int
+    waiting: int
+    seconds_left: float | None = Field(description="from the rate of the last minutes; null when nothing was measured")
+    fit: FitView | None
+
+    @classmethod
+    def of(cls, one: Progress, fit: Fit | None) -> Self:
+        """As it is shown."""
+        row = one.profile
+        return cls(
+            id=row.id, space=row.space["name"], space_key=row.space_key, mode=row.mode, points=row.points,
+            planned=one.planned, done=one.done, failed=one.failed, waiting=one.waiting,
+            seconds_left=one.seconds_left, fit=FitView.of(row.space_key, fit) if fit else None,
+        )  # fmt: skip
+
+
+class ProfileList(BaseModel):
+    """A device's profiles, oldest first."""
+
+    items: list[ProfileView]
+
+
+class LayerBody(Model):
+    """One layer, as in `latency_profiler.layers.Layer`."""
+
+    op: Op
+    c_in: Size
+    c_out: Size
+    size: Size
+    kernel: Size = 1
+    stride: Size = 1
+    padding: Annotated[int, Field(ge=0, le=2**31)] = 0
+    activation: Activation = Activation.NONE
+    norm: bool = False
+    residual: bool = False
+
+
+class EntryBody(Model):
+    """One measured layer."""
+
+    layer: LayerBody
+    seconds: Seconds
+    iqr: Spread = 0.0
+    count: Annotated[int, Field(ge=1, le=2**31)] = 1
+    steady: bool = True
+
+
+class FitBody(Model):
+    """A fit, in seconds."""
+
+    overhead: Annotated[float, Field(gt=-1000, lt=1000)]
+    slope: Annotated[float, Field(gt=0, lt=1000)]
+    fitted_on: Annotated[int, Field(ge=0, le=2**31)]
+    held_out: Annotated[int, Field(ge=0, le=2**31)]
+    mean_error: Annotated[float, Field(ge=0, le=1e6)]
+    max_error: Annotated[float, Field(ge=0, le=1e6)]
+
+
+class TableBody(Model):
+    """A lookup table, as `secateurs devices export` writes it. All times are seconds."""
+
+    device: Annotated[Text, Field(max_length=100)]
+    fingerprint: Annotated[Text, Field(max_length=100)]
+    entries: Annotated[list[EntryBody], Field(max_length=100_000)]
+    fits: Annotated[dict[SpaceKey, FitBody], Field(max_length=1000, default_factory=dict)]
+
+
+class Imported(BaseModel):
+    """What became of an imported table."""
+
+    stored: int = Field(description="entries that were not imported from this source before")
+    current: bool = Field(description="false where the device's own agent has opened a table: that one is used")
+
+
+@router.post("", status_code=201, responses=responses(409))
+def register(request: DeviceRequest, _caller: Submitter) -> NewDevice:
+    """Register a device; its agent's token is in this answer and nowhere else."""
+    with transaction() as session:
+        device, token = devices.register(session, request.name, request.description)
+        session.refresh(device)
+        return NewDevice(
+            name=device.name, description=device.description, created_at=device.created_at, token=token
+        )  # fmt: skip
+
+
+@router.get("")
+def list_devices(_caller: Reader) -> DeviceList:
+    """All devices."""
+    with snapshot() as session:
+        return DeviceList(items=[_show(session, device) for device in devices.list_all(session)])
+
+
+@router.get("/{device}", responses=responses(404))
+def read(device: DevicePath, _caller: Reader) -> DeviceView:
+    """One device: fingerprint, last beat, quality of its table, open work."""
+    with snapshot() as session:
+        return _show(session, devices.get(session, device))
+
+
+@router.delete("/{device}", status_code=204, responses=responses(404, 409))
+def delete(device: DevicePath, _caller: Submitter) -> None:
+    """Forget a device with its tables and its token; refused while an unfinished job names it."""
+    with transaction() as session:
+        devices.delete(session, device)
+
+
+@router.post("/{device}/profiles", status_code=202, responses=responses(404))
+def profile(device: DevicePath, request: ProfileRequest, _caller: Submitter) -> ProfileView:
+    """Have the layers of a space measured; asking again gives what failed another chance."""
+    with transaction() as session:
+        row = devices.get(session, device)
+        wanted = measurements.request_profile(
+            session, row, request.space_arguments(), request.mode, request.points
+        )  # fmt: skip
+        work.retry_failed(session, wanted)
+        session.flush()
+        return next(view for view in _profiles(session, row) if view.id == wanted.id)
+
+
+@router.get("/{device}/profiles", responses=responses(404))
+def list_profiles(device: DevicePath, _caller: Reader) -> ProfileList:
+    """How far a device's profiles are."""
+    with snapshot() as session:
+        return ProfileList(items=_profiles(session, devices.get(session, device)))
+
+
+@router.get(
+    "/{device}/lookup-table", response_model=TableBody,
+    responses={**responses(404), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+)  # fmt: skip
+def export_table(
+    device: DevicePath, _caller: Reader,
+    format: Annotated[Literal["json", "csv"] | None, Query(description="instead of the header `Accept`")] = None,
+    accept: Annotated[str, Header()] = "application/json",
+) -> Response:  # fmt: skip
+    """The device's current table: JSON, or CSV of its entries."""
+    with snapshot() as session:
+        table = measurements.load_table(session, device)
+    if format == "csv" or (format is None and accept.startswith("text/csv")):
+        return Response(table.to_csv(), media_type="text/csv")
+    return JSONResponse(table.to_json())
+
+
+@router.put("/{device}/lookup-table", responses=responses(404, 413), max_body_size=LARGEST_TABLE)
+def import_table(device: DevicePath, table: TableBody, _caller: Submitter, after: BackgroundTasks) -> Imported:
+    """Import a table that was measured elsewhere; it is used where the device's own agent has not come."""
+    with transaction() as session:
+        row, given = devices.get(session, device), LatencyTable.from_json(table.model_dump(mode="json"))
+        stored, current = measurements.import_table(session, row, given)
+    if current:
+        after.add_task(broker.ring)
+    return Imported(stored=stored, current=current)
+
+
+def _show(session: Session, device: Device) -> DeviceView:
+    counts = measurements.counts(session, device)
+    fingerprint = measurements.current_fingerprint(session, device)
+    table = _table(session, device, device.table_id) if device.table_id else None
+    return DeviceView(
+        name=device.name, description=device.description, created_at=device.created_at, beat_at=device.beat_at,
+        alive=devices.alive(session, device),
+        fingerprint={"sha256": fingerprint.sha256, "facts": fingerprint.facts} if fingerprint else None,
+        measured=table.entries + table.networks if table else 0, waiting=counts[WorkState.WAITING],
+        leased=counts[WorkState.LEASED], failed=counts[WorkState.FAILED], table=table,
+    )  # fmt: skip
+
+
+def _table(session: Session, device: Device, table_id: str) -> TableView:
+    entries, networks = measurements.size(session, table_id)
+    spaces = {one.profile.space_key: _use(one) for one in measurements.progress(session, device)}
+    fits = [FitView.of(key, fit) for key, fit in sorted(measurements.fits(session, table_id).items())]
+    return TableView(id=table_id, entries=entries, networks=networks, spaces=list(spaces.values()), fits=fits)
+
+
+def _use(one: Progress) -> SpaceUse:
+    rest = one.layers - one.measured
+    return SpaceUse(
+        space_key=one.profile.space_key, layers=one.layers, measured=one.measured,
+        interpolated=rest if one.waiting == one.failed == 0 else None,
+    )  # fmt: skip
+
+
+def _profiles(session: Session, device: Device) -> list[ProfileView]:
+    fits = measurements.fits(session, device.table_id) if device.table_id else {}
+    return [ProfileView.of(one, fits.get(one.profile.space_key)) for one in measurements.progress(session, device)]
