@@ -261,9 +261,9 @@ class LatencyModel:
 def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
     """The distinct layers to measure so that every structure of a space can be priced.
 
-    A layer with one free width (depthwise, poolings, the classifier) is always planned at every choice: these are few,
-    and interpolation does them worst (runtimes have a fast depthwise kernel for multiples of 4 channels only, seen 10
-    to 27 times faster than its neighbours).
+    A layer whose input and output are one width (depthwise, poolings) is always planned at every choice: these are
+    few, and interpolation does them worst (runtimes have a fast depthwise kernel for multiples of 4 channels only,
+    seen 10 to 27 times faster than its neighbours).
 
     Args:
         space: whose layers.
@@ -274,8 +274,7 @@ def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
     sampled = every if points is None else sorted({round(x) for x in np.linspace(0, CHOICES - 1, points)})
     layers: dict[Layer, None] = {}
     for unit in space.units:
-        one_width = unit.source is unit.target or unit.source.index is None or unit.target.index is None
-        choices = every if one_width else sampled
+        choices = every if unit.source is unit.target else sampled
         for i, j in product(choices, choices):
             layer = _unit_layer(unit, _slot_width(unit.source, i), _slot_width(unit.target, j))
             if unit.source is not unit.target or i == j:
