@@ -10,13 +10,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI
 
 from service import admin
-from service.api import health, problems
+from service.api import datasets, devices, health, jobs, measurements, problems, spaces, structures
 from service.api.auth import authenticate
 from service.api.traffic import Traffic
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body, counted as they arrive; routes that take tables and measurements allow more."""
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS = (
+    spaces.router, datasets.router, devices.router, measurements.router, jobs.router, structures.router,
+)  # fmt: skip
 
 
 class Service(FastAPI):
@@ -54,6 +56,7 @@ def create_app() -> FastAPI:
 @asynccontextmanager
 async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     admin.check_schema()
+    datasets.ensure_built_in()
     yield
 
 

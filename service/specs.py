@@ -6,11 +6,20 @@ determines its result.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from latency_profiler.cost import Constraint, Metric
 
+
+def _storable(text: str) -> str:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text must not hold NUL or lone surrogates")
+    return text
+
+
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Text = Annotated[str, AfterValidator(_storable)]
+"""Free text that every database can hold."""
 Effort = Literal["smoke", "quick", "standard", "paper"]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 
@@ -92,7 +101,7 @@ class JobRequest(Model):
     """A search, as a user submits it; `resolve` fills in what is None."""
 
     method: Literal["metapruning"] = "metapruning"
-    name: Annotated[str, Field(max_length=200)] | None = None
+    name: Annotated[Text, Field(max_length=200)] | None = None
     space: Name
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     width: Annotated[float, Field(ge=0.05, le=4)] = 1.0

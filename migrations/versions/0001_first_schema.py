@@ -151,7 +151,7 @@ def upgrade() -> None:
             "ix_jobs_claim",
             ["run_after"],
             unique=False,
-            postgresql_where=sa.text("state NOT IN ('succeeded','failed','cancelled','unverified')"),
+            postgresql_where=sa.text("state NOT IN ('succeeded', 'failed', 'cancelled', 'unverified')"),
         )
         batch_op.create_index("ix_jobs_list", ["created_at", "id"], unique=False)
 
@@ -257,7 +257,7 @@ def upgrade() -> None:
     with op.batch_alter_table("candidates", schema=None) as batch_op:
         batch_op.create_index(
             "ix_candidates_best",
-            ["space_key", "dataset_id", "proxy_accuracy", "id", "flops", "parameters", "structure_id"],
+            ["space_key", "dataset_id", "proxy_accuracy", "flops", "parameters", "structure_id", "id"],
             unique=False,
         )
         batch_op.create_index(
@@ -435,7 +435,7 @@ def downgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index("ix_jobs_list")
         batch_op.drop_index(
-            "ix_jobs_claim", postgresql_where=sa.text("state NOT IN ('succeeded','failed','cancelled','unverified')")
+            "ix_jobs_claim", postgresql_where=sa.text("state NOT IN ('succeeded', 'failed', 'cancelled', 'unverified')")
         )
 
     op.drop_table("jobs")

@@ -25,6 +25,8 @@ from latency_profiler.errors import (
     SecateursError,
     UnknownSpace,
 )  # fmt: skip
+from service.store.agents import FingerprintMismatch, UploadConflict
+from service.store.devices import DeviceInUse
 from service.store.idempotency import KeyReused, RequestInFlight
 from service.store.jobs import JobStateConflict
 
@@ -69,6 +71,9 @@ PROBLEMS: dict[type[Exception], tuple[int, str, Facts]] = {
     AlreadyExists: (409, "already-exists", lambda e: _facts(e, "kind name")),
     MissingLatencies: (409, "missing-latencies", lambda e: {"keys": list(e.keys[:100]), "missing": len(e.keys)}),
     JobStateConflict: (409, "job-state-conflict", lambda e: _facts(e, "job_id state")),
+    DeviceInUse: (409, "device-in-use", lambda e: {"name": e.name, "job_ids": list(e.job_ids[:100])}),
+    FingerprintMismatch: (409, "fingerprint-mismatch", lambda e: {"current": e.current}),
+    UploadConflict: (409, "upload-conflict", lambda e: _facts(e, "upload_id")),
     KeyReused: (422, "idempotency-key-reused", lambda e: {}),
     RequestInFlight: (409, "request-in-flight", lambda e: {}),
 }
@@ -78,7 +83,8 @@ PROBLEMS: dict[type[Exception], tuple[int, str, Facts]] = {
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route declares for these statuses, and for those that every route under /v1 may answer."""
     everywhere = {401, 403, 422, 500, 503}
-    return {status: declared(status) for status in sorted(everywhere.union(statuses))}
+    unreadable = {400, 415} if 413 in statuses else set()  # whatever takes a body may be sent one that is no JSON
+    return {status: declared(status) for status in sorted(everywhere.union(statuses, unreadable))}
 
 
 def declared(status: int) -> dict[str, Any]:
@@ -96,6 +102,14 @@ def problem(
     title = name.replace("-", " ").capitalize() if kind else phrase
     body = {"type": f"urn:secateurs:{name}", "title": title, "status": status, "detail": _text(detail), **members}
     return ProblemResponse(_encodable(body), status, dict(headers or {}))
+
+
+def json_body(request: Request) -> None:
+    """A dependency of routes that read JSON: another content type is answered by 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    empty = request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers
+    if not (empty or kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        raise HTTPException(415, "send JSON, with the header `Content-Type: application/json`")
 
 
 def install(app: FastAPI) -> None:

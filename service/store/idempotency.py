@@ -33,8 +33,8 @@ class RequestInFlight(SecateursError):
 
 def once(
     session: Session, caller: str, route: str, key: str, request_sha: str, work: Callable[[], dict[str, Any]]
-) -> tuple[dict[str, Any], bool]:
-    """The answer of `work`, done now or earlier under this key; and whether it was done now.
+) -> dict[str, Any]:
+    """The answer of `work`, done now or earlier under this key.
 
     Raises:
         KeyReused: the key's request was another one.
@@ -45,11 +45,11 @@ def once(
         row = session.get_one(Idempotency, identity)
         if row.request_sha != request_sha:
             raise KeyReused
-        return row.response, False
+        return row.response
     response = work()
     row = session.get_one(Idempotency, identity)
     row.status, row.response = 202, response
-    return response, True
+    return response
 
 
 def sweep(session: Session, older_than_seconds: float = 86_400.0) -> None:

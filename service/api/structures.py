@@ -1,0 +1,281 @@
+"""What was found, across all jobs: the best under a budget, fronts, and files to take away."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+
+from latency_profiler.errors import InvalidChannels, InvalidInput, NotFound
+from latency_profiler.spaces.registry import SPACES, get_space
+from latency_profiler.spaces.space import Space
+from service.api.auth import require
+from service.api.jobs import SpaceKey
+from service.api.problems import responses
+from service.specs import Name
+from service.store import datasets, structures
+from service.store.blobs import blob_path
+from service.store.models import Candidate, Result, Role, Structure
+from service.store.results import milliseconds
+from service.store.session import snapshot
+from service.store.structures import Budget
+
+router = APIRouter(prefix="/structures", tags=["structures"], dependencies=[Depends(require("read"))])
+StructureId = Annotated[str, Path(max_length=64, pattern=r"^[0-9a-z]+$")]
+Count = Annotated[int | None, Query(ge=0, lt=2**63)]
+Bounds = Annotated[list[Annotated[float, Query(gt=0, le=1e6)]], Query(max_length=8)]
+ImageSize = Annotated[int | None, Query(ge=8, le=512)]
+Width = Annotated[float | None, Query(ge=0.05, le=4)]
+Dataset = Annotated[Name, Query()]
+Artifact = Literal["structure.json", "weights.safetensors", "model.onnx"]
+MEDIA_TYPES = {
+    "structure.json": "application/json",
+    "weights.safetensors": "application/octet-stream",
+    "model.onnx": "application/octet-stream",
+}
+
+
+class StructureFacts(BaseModel):
+    """A structure: a space with channel numbers. `encoding` is null where they are no choices of the space."""
+
+    structure_id: str
+    space: str
+    space_key: str
+    image_size: int
+    width: float
+    classes: int
+    channels: list[int]
+    encoding: list[int] | None
+    flops: int
+    parameters: int
+    predicted_ms: dict[str, float]
+    """Device → milliseconds that its lookup table predicts."""
+
+
+class FoundStructure(StructureFacts):
+    """Where it was found, and what came out where it was trained from scratch; else these fields are null."""
+
+    job_id: str
+    generation: int | None
+    role: Role | None
+    proxy_accuracy: float | None
+    test_accuracy: float | None
+    measured_ms: dict[str, float]
+
+
+class FoundList(BaseModel):
+    """The best structures, the best first."""
+
+    items: list[FoundStructure]
+    next: None = None
+
+
+class Front(BaseModel):
+    """No structure that was found is both cheaper and more accurate than one of these; the cheapest first."""
+
+    metric: str
+    device: str | None
+    items: list[FoundStructure]
+
+
+class Sighting(BaseModel):
+    """A search that has judged the structure."""
+
+    job_id: str
+    dataset: str
+    generation: int
+    proxy_accuracy: float
+
+
+class Trained(BaseModel):
+    """A training from scratch of the structure; `artifacts` are the files that it left."""
+
+    job_id: str
+    role: Role
+    proxy_accuracy: float | None
+    test_accuracy: float
+    test_loss: float
+    predicted_ms: dict[str, float]
+    measured_ms: dict[str, float]
+    artifacts: list[str]
+
+
+class StructureRead(StructureFacts):
+    """One structure with all that is known of it."""
+
+    sightings: list[Sighting]
+    results: list[Trained]
+    artifacts: dict[str, str]
+    """Name → address."""
+
+
+@router.get("/best", responses=responses(404))
+def best(
+    space: SpaceKey,
+    dataset: Dataset,
+    max_flops: Count = None,
+    max_parameters: Count = None,
+    device: Annotated[list[Name] | None, Query(max_length=8)] = None,
+    max_latency_ms: Bounds | None = None,
+    image_size: ImageSize = None,
+    width: Width = None,
+    accuracy: Literal["proxy", "test"] = "proxy",
+    limit: Annotated[int, Query(ge=1, le=200)] = 10,
+) -> FoundList:
+    """The most accurate structures within all bounds; each `device` has its `max_latency_ms` at the same place.
+
+    `proxy` ranks every candidate by its accuracy with PruningNet's weights, `test` only trained structures.
+    """
+    bounds = _pairs(device or [], max_latency_ms or [])
+    with snapshot() as session:
+        dataset_id = datasets.get(session, dataset).id
+        ids = structures.device_ids(session, list(bounds))
+        budget = Budget(max_flops, max_parameters, {ids[name]: ms / 1000 for name, ms in bounds.items()})
+        keys = _keys(structures.searched_spaces(session, dataset_id), space, image_size, width)
+        if accuracy == "test":
+            tested = structures.best_results(session, keys, dataset_id, budget, limit)
+            return FoundList(items=_show(session, [hit.structure_id for hit in tested], {}, dataset_id))
+        hits = structures.best_candidates(session, keys, dataset_id, budget, limit)
+        found = {hit.structure_id: hit.found for hit in hits}
+        return FoundList(items=_show(session, list(found), found, dataset_id))
+
+
+@router.get("/pareto", responses=responses(404))
+def pareto(
+    space: SpaceKey,
+    dataset: Dataset,
+    metric: Literal["flops", "parameters"] | None = None,
+    device: Annotated[Name | None, Query()] = None,
+    image_size: ImageSize = None,
+    width: Width = None,
+) -> Front:
+    """The front of proxy accuracy against FLOPs, parameters, or predicted latency on a device."""
+    if metric is not None and device is not None:
+        raise InvalidInput("give either a metric (flops or parameters) or a device, not both")
+    with snapshot() as session:
+        dataset_id = datasets.get(session, dataset).id
+        device_id = structures.device_ids(session, [device])[device] if device else None
+        keys = _keys(structures.searched_spaces(session, dataset_id), space, image_size, width)
+        cost = None if device else metric or "flops"
+        points = structures.front(session, keys, dataset_id, cost, device_id)
+        found = {point.structure_id: point.found for point in points}
+        return Front(metric=cost or "latency", device=device, items=_show(session, list(found), found, dataset_id))
+
+
+@router.get("/{structure}", responses=responses(404))
+def read_structure(structure: StructureId) -> StructureRead:
+    """One structure."""
+    with snapshot() as session:
+        row = structures.get(session, structure)
+        latencies = structures.latencies(session, [row.id])[row.id]
+        sightings = structures.sightings(session, row.id)
+        results = structures.results(session, [row.id])[row.id]
+    names = ["structure.json", *dict.fromkeys(name for result in results for name in _files(result))]
+    return StructureRead(
+        **_facts(row, latencies),
+        sightings=[
+            Sighting(job_id=one.job_id, dataset=name, generation=one.generation, proxy_accuracy=one.proxy_accuracy)
+            for one, name in sightings
+        ],
+        results=[_trained(result) for result in results],
+        artifacts={name: f"/v1/structures/{row.id}/artifacts/{name}" for name in names},
+    )
+
+
+@router.get("/{structure}/artifacts/{artifact}", response_class=Response, responses=responses(404))
+def read_artifact(
+    structure: StructureId,
+    artifact: Artifact,
+    job: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9a-z-]+$")] = None,
+    if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
+) -> Response:
+    """A file of a structure: of the named job, else of the training with the best test accuracy."""
+    with snapshot() as session:
+        row = structures.get(session, structure)
+        results = structures.results(session, [row.id])[row.id]
+    headers = {"Content-Disposition": f'attachment; filename="{structure}-{artifact}"'}
+    if artifact == "structure.json":
+        return Response(json.dumps(_facts(row, {}), indent=1), media_type=MEDIA_TYPES[artifact], headers=headers)
+    files = (_files(result).get(artifact) for result in results if job in (None, result.job_id))
+    digest = next(filter(None, files), None)
+    if digest is None or not blob_path(digest).is_file():
+        raise NotFound("artifact", artifact)
+    headers["ETag"] = f'"{digest}"'
+    if headers["ETag"] in (if_none_match or ""):
+        return Response(status_code=304, headers=headers)
+    return FileResponse(blob_path(digest), media_type=MEDIA_TYPES[artifact], headers=headers)
+
+
+def _pairs(devices: Sequence[str], bounds: Sequence[float]) -> dict[str, float]:
+    if len(devices) != len(bounds) or len(set(devices)) != len(devices):
+        raise InvalidInput("give one max_latency_ms for each device: device=NAME&max_latency_ms=0.8")
+    return dict(zip(devices, bounds, strict=True))
+
+
+def _keys(searched: Sequence[str], space: str, image_size: int | None, width: float | None) -> list[str]:
+    """The searched spaces that a name (or a whole key) and the filters mean."""
+    if "@" not in space and space not in SPACES:
+        raise NotFound("space", space, sorted(SPACES))
+    keys = [key for key in searched if space in (key, key.partition("@")[0])]
+    size = None if image_size is None else f"@{image_size}x"
+    scale = None if width is None else f"x{width:g}/"
+    return [key for key in keys if (size is None or size in key) and (scale is None or scale in key)]
+
+
+def _show(session: Any, ids: Sequence[str], found: dict[str, int], dataset_id: str) -> list[FoundStructure]:
+    """Structures with what is known of them on one dataset; `found` says as which candidate each was found."""
+    rows = structures.by_id(session, ids)
+    latencies = structures.latencies(session, ids)
+    candidates = structures.candidates(session, list(found.values()))
+    results = structures.results(session, ids, dataset_id)
+    return [_found(rows[i], latencies[i], candidates.get(found.get(i, -1)), results[i]) for i in ids]
+
+
+def _found(
+    row: Structure, latencies: dict[str, float], candidate: Candidate | None, results: Sequence[Result]
+) -> FoundStructure:
+    tested = results[0] if results else None
+    source = candidate or tested
+    assert source is not None
+    return FoundStructure(
+        **_facts(row, latencies),
+        job_id=source.job_id,
+        generation=candidate.generation if candidate else None,
+        role=tested.role if tested else None,
+        proxy_accuracy=source.proxy_accuracy,
+        test_accuracy=tested.test_accuracy if tested else None,
+        measured_ms=milliseconds(tested.measured) if tested else {},
+    )
+
+
+def _facts(row: Structure, latencies: dict[str, float]) -> dict[str, Any]:
+    space = get_space(**row.space)
+    return {
+        "structure_id": row.id, "space": space.name, "space_key": row.space_key, "image_size": space.image_size,
+        "width": space.width, "classes": space.classes, "channels": row.channels,
+        "encoding": _encoding(space, row.channels), "flops": row.flops, "parameters": row.parameters,
+        "predicted_ms": milliseconds(latencies),
+    }  # fmt: skip
+
+
+def _encoding(space: Space, channels: Sequence[int]) -> list[int] | None:
+    try:
+        return list(space.encoding(channels))
+    except InvalidChannels:
+        return None
+
+
+def _trained(result: Result) -> Trained:
+    return Trained(
+        job_id=result.job_id, role=result.role, proxy_accuracy=result.proxy_accuracy,
+        test_accuracy=result.test_accuracy, test_loss=result.test_loss, predicted_ms=milliseconds(result.predicted),
+        measured_ms=milliseconds(result.measured), artifacts=list(_files(result)),
+    )  # fmt: skip
+
+
+def _files(result: Result) -> dict[str, str]:
+    """Name → digest of the files that a training left."""
+    files = {"weights.safetensors": result.weights, "model.onnx": result.model}
+    return {name: digest for name, digest in files.items() if digest is not None}

@@ -1,0 +1,248 @@
+"""Structures that were found, across all jobs.
+
+"Best under a budget" walks the index `ix_candidates_best` from the best accuracy down and stops when it has enough:
+where many structures satisfy the budget it reads a few rows, and it never reads the table itself. Equal accuracies
+are ordered by FLOPs, then by age.
+"""
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import ColumnElement, Select, func, or_, select, tuple_
+from sqlalchemy.orm import Session
+
+from latency_profiler.errors import NotFound
+from service.store.models import Candidate, Dataset, Device, Job, Result, Structure, StructureLatency
+
+CHUNK = 64
+Cost = Literal["flops", "parameters"]
+SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper bounds; `latencies` are device id → seconds."""
+
+    flops: int | None = None
+    parameters: int | None = None
+    latencies: Mapping[str, float] = field(default_factory=dict)
+
+
+class Hit(NamedTuple):
+    """Where a structure was found; `found` is the row of its candidate or of its result."""
+
+    accuracy: float
+    flops: int
+    found: int
+    structure_id: str
+
+
+class Point(NamedTuple):
+    """A structure on a front; `cost` is a count or seconds."""
+
+    accuracy: float
+    cost: float
+    found: int
+    structure_id: str
+
+
+def searched_spaces(session: Session, dataset_id: str) -> Sequence[str]:
+    """Keys of the spaces that jobs on a dataset have searched."""
+    return session.scalars(select(Job.space_key).where(Job.dataset_id == dataset_id).distinct()).all()
+
+
+def best_candidates(
+    session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int
+) -> list[Hit]:
+    """The distinct structures of highest proxy accuracy within a budget, best first."""
+    walks = [_walk(session, _candidates(key, dataset_id, budget), max(CHUNK, 2 * limit)) for key in space_keys]
+    hits: dict[str, Hit] = {}
+    for hit in heapq.merge(*walks, key=_rank):
+        hits.setdefault(hit.structure_id, hit)
+        if len(hits) == limit:
+            break
+    return list(hits.values())
+
+
+def best_results(session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int) -> list[Hit]:
+    """The distinct structures of highest test accuracy within a budget, best first; only trained ones have one."""
+    query = (
+        select(Result.test_accuracy, Structure.flops, Result.id, Result.structure_id)
+        .join(Structure, Structure.id == Result.structure_id)
+        .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys))
+        .where(*_within(budget, Structure.flops, Structure.parameters, Result.structure_id))
+    )
+    hits: dict[str, Hit] = {}
+    for row in session.execute(query.order_by(Result.test_accuracy.desc(), Structure.flops, Result.id)):
+        hits.setdefault(row.structure_id, Hit(*row))
+        if len(hits) == limit:
+            break
+    return list(hits.values())
+
+
+def front(
+    session: Session, space_keys: Sequence[str], dataset_id: str, cost: Cost | None, device_id: str | None
+) -> list[Point]:
+    """The Pareto front of proxy accuracy against a cost (or against a device's seconds), cheapest first."""
+    points = [point for key in space_keys for point in _front(session, key, dataset_id, cost, device_id)]
+    points.sort(key=lambda point: (point.cost, -point.accuracy, point.found))
+    kept: list[Point] = []
+    for point in points:
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return kept
+
+
+def _front(
+    session: Session, space_key: str, dataset_id: str, cost: Cost | None, device_id: str | None
+) -> Iterator[Point]:
+    """From the highest accuracy down: each point is the best of all that are cheaper than the one before."""
+    place = (Candidate.space_key == space_key, Candidate.dataset_id == dataset_id)
+    price: Any = StructureLatency.seconds if cost is None else getattr(Candidate, cost)
+    query = select(Candidate.proxy_accuracy, price, Candidate.id, Candidate.structure_id).where(*place)
+    if cost is None:
+        query = query.join(StructureLatency, StructureLatency.structure_id == Candidate.structure_id)
+        query = query.where(StructureLatency.device_id == device_id)
+    lowest = session.scalar(select(func.min(Candidate.flops)).where(*place)) if cost == "flops" else None
+    query = query.order_by(Candidate.proxy_accuracy.desc(), price, Candidate.id).limit(1)
+    row = session.execute(query).first()
+    while row is not None:
+        point = Point(*row)
+        yield point
+        if point.cost == lowest:
+            return
+        row = session.execute(query.where(Candidate.proxy_accuracy < point.accuracy, price < point.cost)).first()
+
+
+def _candidates(space_key: str, dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
+    return (
+        select(Candidate.proxy_accuracy, Candidate.flops, Candidate.id, Candidate.structure_id)
+        .where(Candidate.space_key == space_key, Candidate.dataset_id == dataset_id)
+        .where(*_within(budget, Candidate.flops, Candidate.parameters, Candidate.structure_id))
+    )
+
+
+def _within(budget: Budget, flops: Any, parameters: Any, structure_id: Any) -> list[ColumnElement[bool]]:
+    bounds: list[ColumnElement[bool]] = []
+    if budget.flops is not None:
+        bounds.append(flops <= budget.flops)
+    if budget.parameters is not None:
+        bounds.append(parameters <= budget.parameters)
+    for device_id, seconds in budget.latencies.items():
+        latency = select(StructureLatency.seconds).where(
+            StructureLatency.structure_id == structure_id, StructureLatency.device_id == device_id
+        )
+        bounds.append(latency.scalar_subquery() <= seconds)
+    return bounds
+
+
+def _walk(session: Session, query: Select[float, int, int, str], chunk: int) -> Iterator[Hit]:
+    """All hits, best first, in chunks that double: a row is read again at most for its equals in accuracy."""
+    ordered = query.order_by(Candidate.proxy_accuracy.desc(), Candidate.flops, Candidate.id)
+    hits = [Hit(*row) for row in session.execute(ordered.limit(chunk))]
+    while hits:
+        yield from hits
+        if len(hits) < chunk:
+            return
+        last, chunk = hits[-1], 2 * chunk
+        behind = or_(
+            Candidate.proxy_accuracy < last.accuracy,
+            tuple_(Candidate.flops, Candidate.id) > tuple_(last.flops, last.found),
+        )
+        following = ordered.where(Candidate.proxy_accuracy <= last.accuracy, behind)
+        hits = [Hit(*row) for row in session.execute(following.limit(chunk))]
+
+
+def _rank(hit: Hit) -> tuple[float, int, int]:
+    return -hit.accuracy, hit.flops, hit.found
+
+
+def get(session: Session, structure_id: str) -> Structure:
+    """One structure.
+
+    Raises:
+        NotFound: no structure has this id.
+    """
+    structure = session.get(Structure, structure_id)
+    if structure is None:
+        raise NotFound("structure", structure_id)
+    return structure
+
+
+def by_id(session: Session, ids: Sequence[str]) -> dict[str, Structure]:
+    """Structures by their ids."""
+    return {row.id: row for row in session.scalars(select(Structure).where(Structure.id.in_(ids)))}
+
+
+def latencies(session: Session, ids: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Predicted seconds by structure id and device name."""
+    query = (
+        select(StructureLatency.structure_id, Device.name, StructureLatency.seconds)
+        .join(Device, Device.id == StructureLatency.device_id)
+        .where(StructureLatency.structure_id.in_(ids))
+    )
+    found: dict[str, dict[str, float]] = {structure_id: {} for structure_id in ids}
+    for structure_id, name, seconds in session.execute(query):
+        found[structure_id][name] = seconds
+    return found
+
+
+def candidates(session: Session, ids: Sequence[int]) -> dict[int, Candidate]:
+    """Candidates by their rows."""
+    return {row.id: row for row in session.scalars(select(Candidate).where(Candidate.id.in_(ids)))}
+
+
+def sightings(session: Session, structure_id: str, limit: int = 50) -> Sequence[tuple[Candidate, str]]:
+    """Where searches have met a structure, the best first, with the dataset's name."""
+    query = (
+        select(Candidate, Dataset.name)
+        .join(Dataset, Dataset.id == Candidate.dataset_id)
+        .where(Candidate.structure_id == structure_id)
+        .order_by(Candidate.proxy_accuracy.desc(), Candidate.id)
+    )
+    return [(candidate, name) for candidate, name in session.execute(query.limit(limit))]
+
+
+def results(session: Session, ids: Sequence[str], dataset_id: str | None = None) -> dict[str, list[Result]]:
+    """What came out where structures were trained from scratch, by structure id, the best first."""
+    query = select(Result).where(Result.structure_id.in_(ids)).order_by(Result.test_accuracy.desc(), Result.id)
+    if dataset_id is not None:
+        query = query.where(Result.dataset_id == dataset_id)
+    found: dict[str, list[Result]] = {structure_id: [] for structure_id in ids}
+    for row in session.scalars(query):
+        found[row.structure_id].append(row)
+    return found
+
+
+def device_ids(session: Session, names: Sequence[str]) -> dict[str, str]:
+    """Ids of devices by name.
+
+    Raises:
+        NotFound: a device is unknown; says which there are.
+    """
+    found = {name: id_ for name, id_ in session.execute(select(Device.name, Device.id).where(Device.name.in_(names)))}
+    for name in names:
+        if name not in found:
+            raise NotFound("device", name, session.scalars(select(Device.name).order_by(Device.name).limit(20)).all())
+    return found
+
+
+def of_job(
+    session: Session, job_id: str, sort: SortKey, descending: bool, limit: int, behind: tuple[float, int] | None = None
+) -> Sequence[tuple[Candidate, Structure]]:
+    """A job's candidates with their structures, in an order whose ties are broken by age.
+
+    Args:
+        behind: sort value and id of the candidate behind which the list begins.
+    """
+    column = getattr(Candidate, sort)
+    query = select(Candidate, Structure).join(Structure, Structure.id == Candidate.structure_id)
+    query = query.where(Candidate.job_id == job_id)
+    if behind is not None:
+        here, there = tuple_(column, Candidate.id), tuple_(*behind)
+        query = query.where(here < there if descending else here > there)
+    keys = (column, Candidate.id)
+    query = query.order_by(*(key.desc() if descending else key.asc() for key in keys)).limit(limit)
+    return [(candidate, structure) for candidate, structure in session.execute(query)]
