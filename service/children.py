@@ -22,7 +22,8 @@ class Child:
 
     name: str
     argv: list[str]
-    env: Mapping[str, str]
+    env: Mapping[str, str] | None
+    """None is this process's."""
     log: Path
     process: subprocess.Popen[bytes] | None = None
     failures: int = 0

@@ -9,6 +9,7 @@ import typer
 from service.commands import tables
 from service.commands.login import connect
 from service.commands.options import (
+    AnyWidth,
     Count,
     Devices,
     ImageSize,
