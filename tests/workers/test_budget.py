@@ -75,7 +75,10 @@ def test_a_correction_scales_predictions() -> None:
     [
         (Constraint(Metric.FLOPS, 1000), flops(SPACE.layers(SPACE.channels(SPACE.smallest)))),
         (Constraint(Metric.PARAMETERS, 10), None),
-        (Constraint(Metric.LATENCY, 1e-9, 0.0, "d"), table_of(SPACE).price(SPACE, SPACE.channels(SPACE.smallest)).seconds),
+        (
+            Constraint(Metric.LATENCY, 1e-9, 0.0, "d"),
+            table_of(SPACE).price(SPACE, SPACE.channels(SPACE.smallest)).seconds,
+        ),
     ],
 )
 def test_infeasible_budgets_are_refused_with_the_range(constraint: Constraint, smallest: float | None) -> None:

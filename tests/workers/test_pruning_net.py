@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from latency_profiler.spaces.registry import get_space
-from latency_profiler.spaces.space import CHOICES, Space, scale
+from latency_profiler.spaces.space import CHOICES, Space, scale, width_of
 from workers.networks import PlainNetwork
 from workers.pruning_net import ChoiceNorm, Generator, PruningNet
 
@@ -67,7 +67,7 @@ def test_a_generated_weight_is_the_leading_part_of_two_linear_layers() -> None:
     i = next(i for i, unit in enumerate(space.units) if unit.name == "bottleneck3.project")
     unit, block = space.units[i], net.generators[str(i)]
     scales = torch.tensor([scale(encoding[slot.index]) for slot in unit.encoding])
-    assert [slot.name for slot in unit.encoding] == ["middle3", "stage3", "stage3"]
+    assert [slot.name for slot in unit.encoding] == ["middle3", "stage2", "stage3"]
     first, second = nn.Linear(3, 64), nn.Linear(64, block.bias.numel())
     first.load_state_dict({"weight": block.first_weight.data, "bias": block.first_bias.data})
     second.load_state_dict({"weight": block.weight.data.flatten(0, 2), "bias": block.bias.data.flatten()})
@@ -86,6 +86,9 @@ def test_sizes_of_the_published_networks(name: str, millions: float, norms: int,
     generators = [module for module in net.modules() if isinstance(module, Generator)]
     choice_norms = [module for module in net.modules() if isinstance(module, ChoiceNorm)]
     size = sum(p.numel() for part in (*generators, net.classifiers) for p in part.parameters())
+    size += sum(
+        2 * width_of(norm.mean.shape[1], i) for norm in choice_norms if norm.weight is not None for i in range(31)
+    )
     assert round(size / 1e6, 1) == millions
     # One norm of ours has no choice (the last block's output is fixed); the authors store all 31 there as well.
     assert len(choice_norms) * 31 == norms

@@ -1,0 +1,385 @@
+"""Datasets as arrays: scikit-learn's digits, image folders, archives of image folders, and MedMNIST's npz files.
+
+`inspect` tells what a dataset holds; `load` decodes every image once, to one size, and keeps the arrays in a cache from
+which they are mapped. An image folder is `train/<class>/*` with `test/<class>/*` or `val/<class>/*` (with both, val
+joins train), or `<class>/*` alone, of which a fifth of every class is then split off for testing. One folder around all
+of it does not matter. Letters: n images, s side in pixels.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as form
+from PIL import Image, ImageOps
+
+from latency_profiler.errors import InvalidDataset
+from service.archives import BROKEN, LIMITS, Files, Meter, open_files
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+FORMAT = 1
+"""Part of the cache's key: grows when other arrays come out of the same files."""
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
+TRAIN, TEST, VALIDATION = {"train", "training"}, {"test", "testing"}, {"val", "valid", "validation"}
+LARGEST_IMAGE = 50_000_000
+SIZES = (8, 224)
+"""Native sizes that are proposed; larger images are proposed to be scaled down."""
+TEST_SHARE = 0.2
+STALE_SECONDS = 86_400.0
+PARTS = ("train_x", "train_y", "test_x", "test_y")
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """What a dataset holds; `image_size` is the side of its first image, within 8 to 224 pixels."""
+
+    classes: tuple[str, ...]
+    train_images: int
+    test_images: int
+    image_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Pixels (n, s, s, 3), labels (n,), and the classes' names."""
+
+    train_x: Pixels
+    train_y: Labels
+    test_x: Pixels
+    test_y: Labels
+    classes: tuple[str, ...]
+
+
+DIGITS = DatasetFacts(tuple("0123456789"), 1438, 359, 8)
+"""Known without scikit-learn, which takes a second to import."""
+
+
+def inspect(kind: str, path: str | None, data_root: Path) -> DatasetFacts:
+    """What a dataset holds, found by looking at names and one image, or at an npz file's headers.
+
+    Raises:
+        InvalidDataset: it cannot be read, or lies outside the data root.
+    """
+    match kind:
+        case "digits":
+            return DIGITS
+        case "folder" | "archive":
+            files = open_files(_located(kind, path, data_root))
+            plan = _plan(files.names())
+            with next(_decoded(files, [plan.names[0]]))[1] as first:
+                size = min(first.size)
+            return DatasetFacts(plan.classes, *plan.counts(), min(max(size, SIZES[0]), SIZES[1]))
+        case "npz":
+            arrays = _npz(_located(kind, path, data_root))
+            size = min(max(arrays.train_x.shape[1], SIZES[0]), SIZES[1])
+            return DatasetFacts(arrays.classes, len(arrays.train_y), len(arrays.test_y), size)
+    raise InvalidDataset(f"unknown kind of dataset {kind!r}; it must be digits, folder, archive or npz")
+
+
+def load(kind: str, path: str | None, data_root: Path, image_size: int, cache: Path) -> Images:
+    """All images at one size, from the cache if they were decoded before.
+
+    Raises:
+        InvalidDataset: the dataset cannot be read, or lies outside the data root.
+    """
+    located = None if kind == "digits" else _located(kind, path, data_root)
+    key = _key(kind, located, image_size)
+    if not (cache / key).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        _build(cache, key, lambda folder: _decode(kind, located, image_size, folder))
+    classes = json.loads((cache / key / "classes.json").read_text())
+    # Mapped copy-on-write: pages are read when they are used, and torch takes only arrays that could be written.
+    arrays = {part: np.load(cache / key / f"{part}.npy", mmap_mode="c", allow_pickle=False) for part in PARTS}
+    return Images(**arrays, classes=tuple(classes))
+
+
+def stratified(labels: Labels, share: float) -> npt.NDArray[np.bool_]:
+    """Which images (n,) to split off: this share of every class, at least one, chosen by a fixed seed."""
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    random = np.random.default_rng(0)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        chosen[members[: max(1, round(share * len(members)))]] = True
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which file is which image: sorted names with labels (n,), and which of them (n,) are for testing."""
+
+    names: list[str]
+    labels: Labels
+    testing: npt.NDArray[np.bool_]
+    classes: tuple[str, ...]
+
+    def counts(self) -> tuple[int, int]:
+        """Images for training and for testing."""
+        return int((~self.testing).sum()), int(self.testing.sum())
+
+
+def _located(kind: str, path: str | None, data_root: Path) -> Path:
+    """The real path of a dataset, which must lie below the data root."""
+    try:
+        root = data_root.resolve(strict=True)
+        found = (root / (path or "")).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidDataset(f"there is nothing at {path!r} below the data root; copy the dataset there") from error
+    if not path or root not in found.parents:
+        raise InvalidDataset(f"{path!r} is not below the data root; copy the dataset there and give its relative path")
+    if found.is_dir() != (kind == "folder"):
+        raise InvalidDataset(f"{path!r} is {'a folder' if found.is_dir() else 'a file'}, which is no {kind}")
+    return found
+
+
+def _plan(names: Sequence[str]) -> Plan:
+    """Classes and splits from the names of all files."""
+    images = sorted(name for name in names if _is_image(name))
+    parts = [name.split("/") for name in images]
+    while parts and all(len(p) > 2 and p[0] == parts[0][0] for p in parts) and not _split_of(parts[0][0]):
+        parts = [p[1:] for p in parts]
+    splits = {p[0].lower() for p in parts if _split_of(p[0])}
+    divided = bool(splits) and all(_split_of(p[0]) for p in parts)
+    folders = [p[1] if divided else p[0] for p in parts if len(p) > (2 if divided else 1)]
+    if len(folders) < len(images) or not images:
+        raise InvalidDataset(
+            f"{len(images)} images (.jpg, .png, ...) were found, {len(folders)} of them in a folder of their class; "
+            "use train/<class>/* and test/<class>/*, or <class>/*"
+        )
+    kinds = np.array([_split_of(p[0]) if divided else "train" for p in parts])
+    classes, labels = np.unique(np.array(folders), return_inverse=True)
+    labels = labels.astype(np.int64)
+    testing = kinds == ("test" if (kinds == "test").any() else "validation")
+    if not testing.any():
+        testing = stratified(labels, TEST_SHARE)
+    return _checked(Plan(images, labels, testing, tuple(map(str, classes))))
+
+
+def _checked(plan: Plan) -> Plan:
+    _check_labels(plan.labels[~plan.testing], plan.labels[plan.testing], plan.classes)
+    return plan
+
+
+def _check_labels(train: Labels, test: Labels, classes: Sequence[str]) -> None:
+    """Every class must have training images, there must be two, and something to test on."""
+    untrained = sorted(set(range(len(classes))) - set(train.tolist()))
+    if len(classes) < 2:
+        raise InvalidDataset(f"there is one class, {classes[0]!r}; at least two are needed")
+    if untrained:
+        raise InvalidDataset(f"class {classes[untrained[0]]!r} has no training images; every class needs some")
+    if not len(test):
+        raise InvalidDataset("there are no test images; put some under test/<class>/, or leave the split out")
+
+
+def _is_image(name: str) -> bool:
+    path = Path(name)
+    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+    return path.suffix.lower() in ENDINGS and not hidden
+
+
+def _split_of(folder: str) -> str:
+    """`train`, `test`, `validation`, or nothing."""
+    name = folder.lower()
+    return "train" if name in TRAIN else "test" if name in TEST else "validation" if name in VALIDATION else ""
+
+
+def _decode(kind: str, path: Path | None, size: int, folder: Path) -> tuple[str, ...]:
+    """Write the arrays of a dataset into a folder; returns the classes."""
+    if kind in ("folder", "archive"):
+        assert path is not None
+        return _decode_files(open_files(path), size, folder)
+    arrays = _digits() if path is None else _npz(path)
+    for part, pixels in (("train_x", arrays.train_x), ("test_x", arrays.test_x)):
+        np.save(folder / f"{part}.npy", _resized(pixels, size), allow_pickle=False)
+    np.save(folder / "train_y.npy", arrays.train_y, allow_pickle=False)
+    np.save(folder / "test_y.npy", arrays.test_y, allow_pickle=False)
+    return arrays.classes
+
+
+def _decode_files(files: Files, size: int, folder: Path) -> tuple[str, ...]:
+    """Decode image files into arrays that are mapped, in the order of the names, whatever order they are stored in."""
+    plan = _plan(files.names())
+    places: dict[str, tuple[np.memmap[Any, np.dtype[np.uint8]], int]] = {}
+    for part, chosen in (("train", ~plan.testing), ("test", plan.testing)):
+        indices = np.flatnonzero(chosen)
+        np.save(folder / f"{part}_y.npy", plan.labels[indices], allow_pickle=False)
+        shape = (len(indices), size, size, 3)
+        pixels = form.open_memmap(folder / f"{part}_x.npy", mode="w+", dtype=np.uint8, shape=shape)
+        places |= {plan.names[index]: (pixels, place) for place, index in enumerate(indices)}
+    missing = set(places)
+    for name, image in _decoded(files, places, size):
+        pixels, place = places[name]
+        pixels[place] = _fitted(image, size, name)
+        missing.discard(name)
+    if missing:
+        raise InvalidDataset(f"{min(missing)!r} vanished while the dataset was read; read it again")
+    for mapped in {id(array): array for array, _ in places.values()}.values():
+        mapped.flush()
+    return plan.classes
+
+
+def _decoded(files: Files, wanted: Iterable[str], size: int = 0) -> Iterator[tuple[str, Image.Image]]:
+    """Opened images of the wanted names; JPEGs are decoded near `size`, which is faster."""
+    for name, content in files.read(set(wanted)):
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.width * image.height > LARGEST_IMAGE:
+                raise InvalidDataset(f"{name!r} has {image.width} x {image.height} pixels; scale it down")
+            if size:
+                image.draft("RGB", (size, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InvalidDataset(f"{name!r} is no image that can be read: {error}") from error
+        yield name, image
+
+
+def _fitted(image: Image.Image, size: int, name: str = "") -> Pixels:
+    """The centre of an image (size, size, 3) in colour."""
+    try:
+        coloured = image.convert("RGB")
+        if coloured.size != (size, size):
+            coloured = ImageOps.fit(coloured, (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(coloured, dtype=np.uint8)
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise InvalidDataset(f"{name!r} is no image that can be read: {error}") from error
+
+
+def _resized(pixels: Pixels, size: int) -> Pixels:
+    """Square images (n, ., ., 3) at another size."""
+    if pixels.shape[1:3] == (size, size):
+        return pixels
+    return np.stack([_fitted(Image.fromarray(image), size) for image in pixels])
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits  # heavy, and only this dataset needs it
+
+    bunch = load_digits()
+    grey = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    return _divided(np.repeat(grey[..., None], 3, axis=3), labels, DIGITS.classes)
+
+
+def _divided(pixels: Pixels, labels: Labels, classes: tuple[str, ...]) -> Images:
+    testing = stratified(labels, TEST_SHARE)
+    return Images(pixels[~testing], labels[~testing], pixels[testing], labels[testing], classes)
+
+
+def _npz(path: Path) -> Images:
+    """Arrays of a MedMNIST-style file at their own size; val joins train."""
+    try:
+        _check_npz(path)
+        with np.load(path, allow_pickle=False) as file:
+            held = {part: _npz_part(file[f"{part}_images"], file[f"{part}_labels"], path.name)
+                    for part in ("train", "val", "test") if f"{part}_images" in file}  # fmt: skip
+    except (*BROKEN, KeyError, ValueError, TypeError, MemoryError) as error:
+        raise InvalidDataset(
+            f"{path.name!r} cannot be read: {error}; it must hold plain arrays train_images, train_labels, "
+            "test_images, test_labels (and val_*)"
+        ) from error
+    if "train" not in held or len({pixels.shape[1:] for pixels, _ in held.values()}) != 1:
+        raise InvalidDataset(f"{path.name!r} must hold train_images, and images of one size in all parts")
+    return _joined(held)
+
+
+def _joined(held: dict[str, tuple[Pixels, Labels]]) -> Images:
+    used = np.unique(np.concatenate([labels for _, labels in held.values()]))
+    classes = tuple(map(str, used.tolist()))
+    training = [held[part] for part in ("train", "val") if part in held]
+    pixels = np.concatenate([part for part, _ in training])
+    labels = np.searchsorted(used, np.concatenate([part for _, part in training])).astype(np.int64)
+    if "test" not in held:
+        images = _divided(pixels, labels, classes)
+    else:
+        tested = np.searchsorted(used, held["test"][1]).astype(np.int64)
+        images = Images(pixels, labels, held["test"][0], tested, classes)
+    _check_labels(images.train_y, images.test_y, classes)
+    return images
+
+
+def _npz_part(pixels: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], name: str) -> tuple[Pixels, Labels]:
+    """Pixels (n, s, s, 3) and labels (n,) from (n, s, s), (n, s, s, 1) or (n, s, s, 3) and (n,) or (n, 1)."""
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
+        raise InvalidDataset(f"{name!r} has images {pixels.dtype}{pixels.shape}; they must be uint8 (n, s, s[, 3])")
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
+        raise InvalidDataset(f"{name!r} has labels {labels.dtype}{labels.shape}; there must be one integer per image")
+    if pixels.shape[1] != pixels.shape[2]:
+        raise InvalidDataset(
+            f"{name!r} has images of {pixels.shape[1]} x {pixels.shape[2]} pixels; they must be square"
+        )
+    colour = np.broadcast_to(pixels.astype(np.uint8, copy=False), (*pixels.shape[:3], 3))
+    return colour, labels.astype(np.int64)
+
+
+def _check_npz(path: Path) -> None:
+    """Refuse a file whose arrays claim more bytes than are in it, before numpy allocates them."""
+    meter = Meter(path, LIMITS)
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            meter.add_entry(info.filename)
+            meter.add_bytes(info.file_size)
+            with archive.open(info) as file:
+                version = form.read_magic(file)
+                header = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
+                shape, _, dtype = header(file)
+            whole = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= info.file_size
+            meter.check(whole, f"holds {info.filename!r}, which is no plain array or lacks a part")
+
+
+def _key(kind: str, path: Path | None, size: int) -> str:
+    """Name of the cached arrays: changes with the files' names, sizes and times of change."""
+    marks: list[object] = [FORMAT, kind, size]
+    if path is not None:
+        names = sorted(open_files(path).names()) if path.is_dir() else [""]
+        for name in names:
+            status = (path / name).stat()
+            marks.append((str(path), name, status.st_mtime_ns, status.st_size))
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]
+
+
+def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> None:
+    """Fill a folder beside its place and rename it; when another process was faster, its folder stands."""
+    folder = Path(tempfile.mkdtemp(prefix=".decoding-", dir=cache))
+    try:
+        _sweep(cache, folder)
+        classes = decode(folder)
+        (folder / "classes.json").write_text(json.dumps(classes))
+        for file in folder.iterdir():
+            _flush(file)
+        try:
+            folder.rename(cache / key)
+        except OSError:
+            if not (cache / key).is_dir():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(cache: Path, fresh: Path) -> None:
+    """Remove what killed processes left behind more than a day ago, by the file system's own clock."""
+    now = fresh.stat().st_mtime
+    for left in cache.glob(".decoding-*"):
+        if left != fresh and now - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,312 @@
+"""Whole jobs, from submission to result, through the steps that a runner does; the devices are simulated here."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import select
+
+from latency_profiler.cost import flops, layer_flops
+from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.layers import Layer
+from latency_profiler.spaces.registry import get_space
+from service.settings import get_settings
+from service.specs import JobRequest, resolve
+from service.store import agents, blobs, devices, jobs, results
+from service.store.agents import Batch, Outcome
+from service.store.jobs import Claim
+from service.store.measurements import canonical_sha
+from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, Structure, Work, WorkKind, now
+from service.store.session import transaction
+from workers.steps.advance import advance
+from workers.steps.context import Context
+from workers.steps.measuring import BudgetBroken
+
+SPACE = get_space("mobilenet_v1", 8, 0.1, 10, free_last=True)
+FULL = flops(SPACE.layers(SPACE.channels(SPACE.largest)))
+FACTS = {"cpu": "simulated", "cores": 1}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs."""
+
+
+class Console:
+    """Counts what the steps say; with `dies_at`, the process ends there."""
+
+    stopping = False
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.said, self.dies_at = 0, dies_at
+
+    def say(self, progress: dict[str, Any] | None = None) -> None:
+        self.said += 1
+        if self.said == self.dies_at:
+            raise Killed
+
+
+class Bench:
+    """A device named `bench` whose layers take a nanosecond per multiply-add and some microseconds.
+
+    `factor` makes whole networks slower than the sum of their layers; `away` makes it answer nothing.
+    """
+
+    def __init__(self, factor: Callable[[str], float] = lambda purpose: 1.0) -> None:
+        self.factor, self.away = factor, False
+        with transaction() as session:
+            devices.register(session, "bench", "")
+
+    @staticmethod
+    def seconds(layer: Layer) -> float:
+        return 1e-9 * layer_flops(layer) + 1e-6 * layer.c_out**0.5
+
+    def measure(self) -> int:
+        """Answer all work that waits; returns how much it was."""
+        done = 0
+        while not self.away:
+            with transaction() as session:
+                device = devices.get(session, "bench")
+                leased = agents.lease(session, device, FACTS, 500, 60.0)
+                if not leased.works:
+                    break
+                outcomes = [Outcome(w.id, w.kind, w.key, self._value(w), values=[self._value(w)]) for w in leased.works]
+                upload = hashlib.sha256(repr([w.id for w in leased.works]).encode()).hexdigest()[:32]
+                agents.record(session, device, Batch(upload, leased.lease_id, canonical_sha(FACTS), outcomes))
+                done += len(outcomes)
+        return done
+
+    def _value(self, work: Work) -> float:
+        if work.kind is WorkKind.LAYER:
+            return self.seconds(Layer.from_json(work.payload["layer"]))
+        layers = [Layer.from_json(node["layer"]) for node in work.payload["nodes"]]
+        return 2e-6 + self.factor(work.payload["purpose"]) * sum(map(self.seconds, layers))
+
+
+@pytest.fixture
+def world(database: str) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    with transaction() as session:
+        if session.scalar(select(Dataset).where(Dataset.name == "digits")) is None:
+            facts = {"classes": 10, "train_images": 1437, "test_images": 360, "image_size": 8}
+            session.add(Dataset(name="digits", kind="digits", **facts))
+    yield
+    torch.set_num_threads(threads)
+
+
+def submit(*constraints: dict[str, Any], **fields: Any) -> str:
+    request = {
+        "space": "mobilenet_v1", "width": 0.1, "image_size": 8, "dataset": "digits", "effort": "smoke",
+        "constraints": list(constraints), "search": {"generations": 3, "population": 6}, **fields,
+    }  # fmt: skip
+    with transaction() as session:
+        dataset = session.scalars(select(Dataset).where(Dataset.name == "digits")).one()
+        spec = resolve(JobRequest.model_validate(request), 8)
+        return jobs.submit(session, spec, space_key=SPACE.key, dataset_id=dataset.id, created_by=None).id
+
+
+def take(job_id: str) -> Claim:
+    with transaction() as session:
+        session.get_one(Job, job_id).run_after = 0.0
+        session.get_one(Job, job_id).lease_until = None if session.get_one(Job, job_id).owner is None else 1.0
+    with transaction() as session:
+        claim = jobs.claim(session, "worker", 30.0, 1000)
+    assert claim is not None
+    assert claim.job_id == job_id
+    return claim
+
+
+def run(job_id: str, bench: Bench | None = None, console: Console | None = None) -> Job:
+    """Do steps until the job ends; whenever it waits, the device answers."""
+    context = Context(take(job_id), get_settings(), console or Console())
+    for _ in range(200):
+        with transaction() as session:
+            job = jobs.load(session, context.claim)
+        outcome = advance(context, job)
+        if outcome.ended:
+            return read(job_id)
+        if outcome.wait is not None:
+            assert bench is not None
+            bench.measure()
+    raise AssertionError("the job did not end")
+
+
+def read(job_id: str) -> Job:
+    with transaction() as session:
+        return jobs.get(session, job_id)
+
+
+def candidates(job_id: str) -> list[tuple[Any, ...]]:
+    with transaction() as session:
+        rows = session.scalars(select(Candidate).where(Candidate.job_id == job_id).order_by(Candidate.id)).all()
+        names = ("generation", "position", "encoding_key", "flops", "proxy_accuracy", "proxy_loss", "birth", "parents")
+        return [tuple(getattr(row, name) for name in names) for row in rows]
+
+
+def states(job_id: str) -> list[str]:
+    with transaction() as session:
+        return [e.data["state"] for e in jobs.events_after(session, job_id, 0, 10_000) if e.kind == "state"]
+
+
+def flops_bound(share: float) -> dict[str, Any]:
+    return {"metric": "flops", "max": int(share * FULL)}
+
+
+def latency_bound(share: float) -> dict[str, Any]:
+    full = 2e-6 + sum(map(Bench.seconds, SPACE.layers(SPACE.channels(SPACE.largest))))
+    return {"metric": "latency", "device": "bench", "max_ms": share * full * 1000}
+
+
+def test_a_job_under_a_flops_budget_succeeds_and_leaves_everything(world: None) -> None:
+    job = run(submit(flops_bound(0.4)))
+    assert job.state is JobState.SUCCEEDED
+    assert states(job.id) == ["queued", "profiling", "training", "searching", "retraining", "verifying", "succeeded"]
+    assert job.result is not None
+    winner, uniform = job.result["winner"], job.result["uniform"]
+    assert 0.9 * 0.4 * FULL <= winner["flops"] <= 0.4 * FULL
+    assert uniform["flops"] <= 0.4 * FULL
+    assert winner["flops"] == flops(SPACE.layers(winner["channels"]))
+    assert tuple(winner["channels"]) == SPACE.channels(winner["encoding"])
+    assert 0 < winner["test_accuracy"] <= 1
+
+    judged = candidates(job.id)
+    assert len(judged) == job.result["candidates"] == 18
+    assert {(row[0], row[1]) for row in judged} == {(g, i) for g in range(3) for i in range(6)}
+    born = {row[2]: row for row in judged}
+    for generation, _, _, cost, _, _, birth, parents in judged:
+        assert cost <= 0.4 * FULL
+        assert len(parents) == {"random": 0, "mutation": 1, "crossover": 2}[birth]
+        assert all(born[parent][0] < generation for parent in parents)
+    with transaction() as session:
+        for row in results.of_job(session, job.id):
+            for sha256 in (row.weights, row.model):
+                assert sha256 is not None
+                assert hashlib.sha256(blobs.blob_path(sha256).read_bytes()).hexdigest() == sha256
+        assert session.get_one(Structure, winner["structure_id"]).channels == winner["channels"]
+
+
+def test_the_next_job_reuses_the_pruning_net_and_only_searches(world: None) -> None:
+    first = run(submit(flops_bound(0.4)))
+    second = run(submit(flops_bound(0.3)))
+    other_seed = run(submit(flops_bound(0.3), seed=1))
+    reused = [job.result["pruning_net_reused"] for job in (first, second, other_seed) if job.result]
+    assert reused == [False, True, False]
+    assert first.result is not None
+    assert second.result is not None
+    assert first.result["pruning_net"] == second.result["pruning_net"]
+
+
+def test_a_job_waits_while_another_one_trains_its_pruning_net(world: None) -> None:
+    first, second = submit(flops_bound(0.4)), submit(flops_bound(0.3))
+    context = Context(take(first), get_settings(), Console())
+    while read(first).state is not JobState.TRAINING:
+        advance(context, read(first))
+    context.pause = lambda seconds, progress: lambda: True  # type: ignore[method-assign]
+    advance(context, read(first))
+    follower = Context(take(second), get_settings(), Console())
+    outcomes = [advance(follower, read(second)) for _ in range(3)]
+    assert outcomes[-1].wait is not None
+    assert read(second).state is JobState.TRAINING
+    with transaction() as session:
+        jobs.finish(session, context.claim, JobState.FAILED)
+    assert advance(follower, read(second)).wait is None
+
+
+def test_a_latency_job_fills_the_table_first_and_its_winner_is_measured(world: None) -> None:
+    bench = Bench()
+    bench.measure()
+    job = run(submit(latency_bound(0.5)), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    limit = latency_bound(0.5)["max_ms"]
+    winner = job.result["winner"]
+    assert winner["measured_ms"]["bench"] <= limit
+    assert winner["predicted_ms"]["bench"] == pytest.approx(winner["measured_ms"]["bench"], rel=0.1)
+    assert 0.8 * limit <= winner["predicted_ms"]["bench"] <= limit
+    assert job.result["uniform"]["measured_ms"]["bench"] <= 1.1 * limit
+    assert job.result["rounds"] == 1
+
+
+def test_a_broken_budget_enters_the_prediction_and_the_search_goes_on(world: None) -> None:
+    bench = Bench(lambda purpose: 1.2 if purpose.startswith(("check", "verify")) else 1.0)
+    job = run(submit(latency_bound(0.5)), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert job.result["winner"]["measured_ms"]["bench"] <= latency_bound(0.5)["max_ms"]
+    assert job.result["rounds"] > 1
+    assert job.memory["corrections"]["bench"] == pytest.approx(1.2, abs=0.05)
+
+
+def test_a_budget_that_breaks_only_in_the_last_measurement_sends_the_job_back(world: None) -> None:
+    bench = Bench(lambda purpose: 1.15 if purpose.startswith("verify") and purpose.endswith("-0") else 1.0)
+    job = run(submit(latency_bound(0.5)), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert states(job.id)[-6:] == ["retraining", "verifying", "searching", "retraining", "verifying", "succeeded"]
+    assert job.result is not None
+    assert job.result["winner"]["measured_ms"]["bench"] <= latency_bound(0.5)["max_ms"]
+
+
+def test_a_budget_that_no_measurement_holds_fails_with_the_figures(world: None) -> None:
+    bench = Bench(lambda purpose: 1.0 + 0.1 * (1 + int(purpose[-1])) if purpose[0] in "cv" else 1.0)
+    with pytest.raises(BudgetBroken) as broken:
+        run(submit(latency_bound(0.5)), bench)
+    assert len(broken.value.figures) == 4
+    assert all(one["measured_ms"] > one["max_ms"] for one in broken.value.figures)
+
+
+def test_an_impossible_latency_is_refused_once_the_table_is_there(world: None) -> None:
+    with pytest.raises(InfeasibleConstraint):
+        run(submit(latency_bound(0.0001)), Bench())
+
+
+def test_a_device_that_stays_away_leaves_the_job_unverified(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    job_id = submit(latency_bound(0.5))
+    context = Context(take(job_id), get_settings(), Console())
+    late = {"clock": 0.0}
+    monkeypatch.setattr(
+        "workers.steps.verifying.jobs.clock", lambda session: session.scalar(select(now())) + late["clock"]
+    )
+    for _ in range(100):
+        outcome = advance(context, read(job_id))
+        if outcome.ended:
+            break
+        bench.away = read(job_id).state not in (JobState.QUEUED, JobState.PROFILING)
+        if outcome.wait is not None:
+            bench.measure()
+            late["clock"] += 100_000.0 if bench.away else 0.0
+    job = read(job_id)
+    assert job.state is JobState.UNVERIFIED
+    assert job.result is not None
+    assert job.result["winner"]["measured_ms"] == {}
+    assert "bench" in job.warnings[0]
+
+
+def fate(job: Job) -> str:
+    """All that must not depend on interruptions, as one text."""
+    with transaction() as session:
+        found = [(row.structure_id, row.role, row.test_accuracy, row.test_loss, row.weights, row.model)
+                 for row in results.of_job(session, job.id)]  # fmt: skip
+    return json.dumps([candidates(job.id), found], default=str)
+
+
+def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(world: None) -> None:
+    console = Console()
+    undisturbed = fate(run(submit(flops_bound(0.4), search={"generations": 2, "population": 4}), console=console))
+    deaths, phases = 0, set()
+    job_id = submit(flops_bound(0.4), search={"generations": 2, "population": 4}, name="disturbed")
+    with transaction() as session:  # the same training again, not the first job's
+        session.get_one(Job, job_id).spec |= {"training": {**session.get_one(Job, job_id).spec["training"]}}
+    for patience in range(1, 400):
+        try:
+            job = run(job_id, console=Console(dies_at=1 + patience * 3 % 17))
+            break
+        except Killed:
+            deaths += 1
+            phases.add(read(job_id).state)
+    assert read(job_id).state in TERMINAL
+    assert deaths > 3
+    assert phases >= {JobState.SEARCHING, JobState.RETRAINING}
+    assert fate(job) == undisturbed

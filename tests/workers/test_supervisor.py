@@ -1,0 +1,193 @@
+"""Real processes and real signals: what a killed, stopped, hung or cancelled runner costs."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import select
+
+from service.settings import get_settings
+from service.specs import JobRequest, resolve
+from service.store import jobs
+from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, Result
+from service.store.session import transaction
+from workers.supervisor import supervise_next
+
+KEY = "mobilenet_v1@8x0.1/10+last"
+
+
+@pytest.fixture
+def submit(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    monkeypatch.setenv("SECATEURS_THREADS", "1")
+    monkeypatch.setenv("SECATEURS_BEAT_SECONDS", "0.2")
+    monkeypatch.setenv("SECATEURS_LEASE_SECONDS", "5")
+    get_settings.cache_clear()
+    with transaction() as session:
+        dataset_id = session.scalar(select(Dataset.id).where(Dataset.name == "digits"))
+        if dataset_id is None:
+            facts = {"classes": 10, "train_images": 1437, "test_images": 360, "image_size": 8}
+            session.add(row := Dataset(name="digits", kind="digits", **facts))
+            session.flush()
+            dataset_id = row.id
+
+    def one(epochs: int = 3, **fields: object) -> str:
+        request = {
+            "space": "mobilenet_v1", "width": 0.1, "image_size": 8, "dataset": "digits", "effort": "smoke",
+            "constraints": [{"metric": "flops", "max": 25_000}], "search": {"generations": 3, "population": 6},
+            "training": {"epochs": epochs, "validation_images": 100}, "retraining": {"epochs": 3}, **fields,
+        }  # fmt: skip
+        spec = resolve(JobRequest.model_validate(request), 8)
+        with transaction() as session:
+            return jobs.submit(session, spec, space_key=KEY, dataset_id=dataset_id, created_by=None).id
+
+    yield one
+    assert not runners()
+
+
+def runners() -> list[psutil.Process]:
+    """Runner processes that this test's processes have started."""
+    return [
+        child for child in psutil.Process().children(recursive=True) if "workers.runner" in " ".join(child.cmdline())
+    ]
+
+
+def read(job_id: str) -> Job:
+    with transaction() as session:
+        return jobs.get(session, job_id)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def work(job_id: str, rounds: int = 30) -> threading.Thread:
+    """A worker in a thread, which looks for jobs until this one has ended."""
+
+    def loop() -> None:
+        for _ in range(rounds):
+            if read(job_id).state in TERMINAL:
+                return
+            if not supervise_next("test", lambda: False):
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    return thread
+
+
+def fate(job_id: str) -> list[tuple[object, ...]]:
+    with transaction() as session:
+        order = (Candidate.generation, Candidate.position)
+        judged = session.execute(
+            select(Candidate.encoding_key, Candidate.proxy_accuracy, Candidate.proxy_loss, Candidate.birth)
+            .where(Candidate.job_id == job_id)
+            .order_by(*order)
+        ).all()
+        trained = session.execute(
+            select(Result.structure_id, Result.test_accuracy, Result.test_loss, Result.weights)
+            .where(Result.job_id == job_id)
+            .order_by(Result.role)
+        ).all()
+        return [tuple(row) for row in [*judged, *trained]]
+
+
+def test_kill_9_of_the_runner_in_every_phase_changes_nothing(submit: Callable[..., str]) -> None:
+    calm = submit(seed=1)
+    work(calm).join(120)
+    assert read(calm).state is JobState.SUCCEEDED
+    with transaction() as session:  # the second job trains its own PruningNet
+        for result in session.scalars(select(Result).where(Result.job_id == calm)):
+            assert result.test_accuracy > 0
+        expected = fate(calm)
+    forget_net()
+
+    rough = submit(seed=1)
+    worker = work(rough)
+    killed = set()
+    for state in (JobState.TRAINING, JobState.SEARCHING, JobState.RETRAINING):
+        until(lambda state=state: read(rough).state is state and bool(runners()))
+        for runner in runners():
+            runner.kill()
+        killed.add(state)
+    worker.join(120)
+    assert len(killed) == 3
+    assert read(rough).state is JobState.SUCCEEDED
+    assert read(rough).reproducible
+    assert fate(rough) == expected
+
+
+def forget_net() -> None:
+    """Rename the trained nets' families, so that no later job finds them."""
+    from sqlalchemy import update
+
+    from service.store.models import PruningNet
+
+    with transaction() as session:
+        session.execute(update(PruningNet).values(family="forgotten", key=PruningNet.key + "x"))
+
+
+def test_cancel_stops_a_running_job_within_seconds(submit: Callable[..., str]) -> None:
+    job_id = submit(epochs=500)
+    worker = work(job_id)
+    until(lambda: read(job_id).state is JobState.TRAINING and bool(read(job_id).progress))
+    asked = time.monotonic()
+    with transaction() as session:
+        jobs.request_cancel(session, job_id)
+    worker.join(20)
+    assert read(job_id).state is JobState.CANCELLED
+    assert time.monotonic() - asked < 5
+    assert not runners()
+
+
+def test_a_hung_runner_is_killed_and_costs_an_attempt(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEURS_STALL_SECONDS", "6")
+    get_settings.cache_clear()
+    job_id = submit(epochs=500)
+    thread = threading.Thread(target=supervise_next, args=("test", lambda: False))
+    thread.start()
+    until(lambda: bool(read(job_id).progress))
+    runners()[0].suspend()
+    thread.join(30)
+    job = read(job_id)
+    assert job.owner is None
+    assert job.error is not None
+    assert "no progress" in job.error["detail"]
+
+
+def test_nothing_outlives_a_killed_supervisor(submit: Callable[..., str], tmp_path: Path) -> None:
+    job_id = submit(epochs=500)
+    code = "from workers.supervisor import supervise_next; supervise_next('test', lambda: False)"
+    supervisor = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: bool(read(job_id).progress))
+    [runner] = runners()
+    os.kill(supervisor.pid, signal.SIGKILL)
+    supervisor.wait()
+    until(lambda: not psutil.pid_exists(runner.pid) or runner.status() == psutil.STATUS_ZOMBIE, 5)
+    assert read(job_id).owner is not None
+    with transaction() as session:
+        session.get_one(Job, job_id).cancel_requested_at = 1.0
+
+
+def test_a_worker_that_stops_gives_its_job_back_with_its_progress(submit: Callable[..., str]) -> None:
+    job_id = submit(epochs=500)
+    stop = threading.Event()
+    thread = threading.Thread(target=supervise_next, args=("test", stop.is_set))
+    thread.start()
+    until(lambda: bool(read(job_id).progress))
+    stop.set()
+    thread.join(20)
+    job = read(job_id)
+    assert (job.owner, job.attempts, job.state) == (None, 0, JobState.TRAINING)
+    assert job.progress["done"] > 0
