@@ -25,14 +25,14 @@ router = APIRouter(prefix="/devices", tags=["devices"])
 DevicePath = Annotated[Name, Path()]
 
 
-def without_nul(text: str) -> str:
+def _storable(text: str) -> str:
     """A text that every database can store."""
-    if "\0" in text:
-        raise ValueError("must not contain the character NUL")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must not contain NUL or lone surrogates")
     return text
 
 
-Text = Annotated[str, AfterValidator(without_nul)]
+Text = Annotated[str, AfterValidator(_storable)]
 Seconds = Annotated[float, Field(gt=0, lt=1000)]
 Spread = Annotated[float, Field(ge=0, lt=1000)]
 SpaceKey = Annotated[Text, Field(max_length=100)]

@@ -125,14 +125,14 @@ def counts(session: Session, device: Device) -> dict[WorkState, int]:
     """How much work of the device's current table is in each state."""
     query = select(Work.state, func.count()).where(Work.table_id == device.table_id).group_by(Work.state)
     found = dict.fromkeys(WorkState, 0)
-    found.update(session.execute(query).tuples().all())
+    found.update(session.execute(query).all())
     return found
 
 
 def size(session: Session, table_id: str) -> tuple[int, int]:
     """Numbers of layers and of networks in a table."""
     query = select(Measurement.kind, func.count()).where(Measurement.table_id == table_id).group_by(Measurement.kind)
-    found = dict(session.execute(query).tuples().all())
+    found = dict(session.execute(query).all())
     return found.get(WorkKind.LAYER, 0), found.get(WorkKind.NETWORK, 0)
 
 
