@@ -1,0 +1,264 @@
+"""Devices over HTTP: registration, tokens, profiles, leases, uploads, tables."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import select, text
+
+from latency_profiler.layers import Layer
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
+from latency_profiler.spaces.registry import get_space
+from service import broker
+from service.store import jobs
+from service.store.measurements import canonical_sha
+from service.store.models import Base, Dataset, Job, JobState
+from service.store.session import get_engine, transaction
+
+FACTS = {"cpu": "test", "threads": 1}
+PROFILE = {"space": "vgg16", "image_size": 8, "width": 0.25, "classes": 10, "points": 3}
+SPACE = get_space("vgg16", 8, 0.25, 10, free_last=True)
+
+
+@pytest.fixture(autouse=True)
+def rings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The doorbell's rings, none of which reaches a broker."""
+    heard: list[bool] = []
+    monkeypatch.setattr(broker, "ring", lambda: heard.append(True))
+    return heard
+
+
+def register(client: TestClient, name: str = "bench") -> dict[str, str]:
+    """Headers of the agent of a new device."""
+    answer = client.post("/v1/devices", json={"name": name, "description": "on the desk"})
+    assert answer.status_code == 201, answer.text
+    return {"Authorization": f"Bearer {answer.json()['token']}"}
+
+
+def lease(client: TestClient, agent: dict[str, str], facts: dict[str, Any] = FACTS, limit: int = 500) -> Any:
+    body = {"fingerprint": facts, "agent": "0.1", "limit": limit}
+    return client.post("/v1/devices/bench/leases", json=body, headers=agent)
+
+
+def result(item: dict[str, Any]) -> dict[str, Any]:
+    nodes = item["payload"].get("nodes") or [item["payload"]]
+    layers = [Layer.from_json(node["layer"]) for node in nodes]
+    seconds = sum(1e-6 * (1 + layer.c_out) for layer in layers)
+    return {
+        "work_id": item["work_id"], "kind": item["kind"], "key": item["key"], "seconds": seconds, "iqr": 0.0,
+        "steady": True, "values": [seconds], "conditions": {"loops": 3},
+    }  # fmt: skip
+
+
+def upload(client: TestClient, agent: dict[str, str], results: list[Any], upload_id: str = "u1", **changes: Any) -> Any:
+    body = {"upload_id": upload_id, "lease_id": "l", "fingerprint": canonical_sha(FACTS), "results": results}
+    return client.post("/v1/devices/bench/measurements", json=body | changes, headers=agent)
+
+
+def waiting_job(state: JobState) -> str:
+    """A job that waits for a device named bench, far into the future."""
+    with transaction() as session:
+        dataset = session.scalars(select(Dataset)).first()
+        assert dataset is not None
+        spec = {"constraints": [{"metric": "latency", "device": "bench", "max_ms": 1.0}], "measure_on": []}
+        job = Job(spec=spec, space_key=SPACE.key, dataset_id=dataset.id, seed=0, state=state, run_after=4e9)
+        session.add(job)
+        session.flush()
+        return job.id
+
+
+def test_a_device_from_registration_to_its_table(client: TestClient, rings: list[bool]) -> None:
+    agent = register(client)
+    before = client.get("/v1/devices/bench").json()
+    assert (before["alive"], before["fingerprint"], before["table"]) == (False, None, None)
+    planned = client.post("/v1/devices/bench/profiles", json=PROFILE)
+    assert planned.status_code == 202
+    count = len(plan_layers(SPACE, 3)) + 16
+    assert (planned.json()["planned"], planned.json()["waiting"], planned.json()["fit"]) == (count, count, None)
+    job_id = waiting_job(JobState.PROFILING)
+    leased = lease(client, agent).json()
+    assert (len(leased["items"]), leased["poll_seconds"], leased["lease_seconds"]) == (count, 1.0, 60.0)
+    assert rings == [True], "a new table"
+    rings.clear()
+    middle = client.get("/v1/devices/bench/profiles").json()["items"][0]
+    assert (middle["done"], middle["waiting"], middle["seconds_left"]) == (0, count, None)
+    results = [result(item) for item in leased["items"]]
+    assert upload(client, agent, results[:-1]).json() == {
+        "stored": count - 1, "repeated": 0, "failed": 0, "ignored": 0,
+    }  # fmt: skip
+    assert rings == []
+    assert client.get("/v1/devices/bench/profiles").json()["items"][0]["seconds_left"] > 0
+    with transaction() as session:
+        session.execute(text("UPDATE jobs SET run_after = 4e9"))
+    assert upload(client, agent, results[-1:], "u2").json()["stored"] == 1
+    with transaction() as session:
+        assert jobs.get(session, job_id).run_after == 0
+    assert rings == [True], "the profile is complete"
+    after = client.get("/v1/devices/bench").json()
+    assert after["alive"]
+    assert after["fingerprint"] == {"sha256": canonical_sha(FACTS), "facts": FACTS}
+    assert (after["measured"], after["waiting"], after["leased"], after["failed"]) == (count, 0, 0, 0)
+    table = after["table"]
+    assert (table["entries"], table["networks"]) == (count - 16, 16)
+    every = len(plan_layers(SPACE))
+    assert table["spaces"] == [
+        {"space_key": SPACE.key, "layers": every, "measured": count - 16, "interpolated": every - count + 16}
+    ]
+    assert table["fits"][0]["slope"] == pytest.approx(1, rel=1e-6)
+    assert table["fits"][0]["held_out"] == 8
+    done = client.get("/v1/devices/bench/profiles").json()["items"][0]
+    assert (done["done"], done["waiting"], done["fit"]["space_key"]) == (count, 0, SPACE.key)
+    assert lease(client, agent).json()["items"] == []
+
+
+def test_a_failed_layer_is_shown_and_tried_again_when_a_user_asks(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE)
+    item = lease(client, agent, limit=1).json()["items"][0]
+    failure = {"work_id": item["work_id"], "kind": item["kind"], "key": item["key"], "error": "no memory"}
+    assert upload(client, agent, [failure]).json()["failed"] == 1
+    assert client.get("/v1/devices/bench").json()["failed"] == 1
+    again = client.post("/v1/devices/bench/profiles", json=PROFILE).json()
+    assert again["failed"] == 0
+    assert len(client.get("/v1/devices/bench/profiles").json()["items"]) == 1
+    assert lease(client, agent, limit=1).json()["items"][0]["work_id"] == item["work_id"]
+
+
+def test_only_the_devices_own_agent_may_lease_and_hand_in(client: TestClient, make_key: Callable[..., str]) -> None:
+    agent, other = register(client), register(client, "other")
+    admin = dict(client.headers)
+    wrong = {"Authorization": agent["Authorization"][:-1] + ("0" if agent["Authorization"][-1] != "0" else "1")}
+    for headers, status in ((agent, 200), (other, 403), (admin, 403), (wrong, 401)):
+        assert lease(client, headers).status_code == status
+    for headers in (other, admin):
+        assert upload(client, headers, [{"work_id": 1, "kind": "layer", "key": "k", "error": "e"}]).status_code == 403
+    for call in ("/v1/devices", "/v1/devices/bench", "/v1/devices/bench/profiles", "/v1/devices/bench/lookup-table"):
+        assert client.get(call, headers=agent).status_code == 403
+    reader = {"Authorization": f"Bearer {make_key('read')}"}
+    assert client.get("/v1/devices", headers=reader).status_code == 200
+    assert client.post("/v1/devices", json={"name": "x"}, headers=reader).status_code == 403
+    assert client.delete("/v1/devices/bench", headers=reader).status_code == 403
+
+
+def test_no_secret_is_stored(client: TestClient) -> None:
+    token = register(client)["Authorization"].split()[1]
+    key = client.headers["Authorization"].split()[1]
+    with get_engine().connect() as connection:
+        dump = " ".join(str(row) for table in Base.metadata.sorted_tables for row in connection.execute(table.select()))
+    for secret in (token, key):
+        assert secret not in dump
+        assert secret.rsplit("_", 1)[1] not in dump
+    assert token not in client.get("/v1/devices/bench").text
+
+
+def test_names_are_unique_and_missing_ones_are_said(client: TestClient) -> None:
+    register(client)
+    twice = client.post("/v1/devices", json={"name": "bench"})
+    assert (twice.status_code, twice.json()["type"]) == (409, "urn:secateurs:already-exists")
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/profiles"), ("GET", "/lookup-table")):
+        assert client.request(method, f"/v1/devices/nobody{path}").status_code == 404
+    assert client.post("/v1/devices/nobody/profiles", json=PROFILE).status_code == 404
+    unknown = client.post("/v1/devices/bench/profiles", json=PROFILE | {"space": "alexnet"})
+    assert (unknown.status_code, unknown.json()["type"]) == (422, "urn:secateurs:unknown-space")
+
+
+def test_a_device_that_a_job_needs_stays(client: TestClient) -> None:
+    register(client)
+    job_id = waiting_job(JobState.VERIFYING)
+    refused = client.delete("/v1/devices/bench")
+    assert (refused.status_code, refused.json()["job_ids"]) == (409, [job_id])
+    with transaction() as session:
+        jobs.request_cancel(session, job_id)
+    assert client.delete("/v1/devices/bench").status_code == 204
+    assert client.get("/v1/devices").json() == {"items": []}
+
+
+def test_a_deleted_device_takes_all_of_its_rows_along(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE)
+    upload(client, agent, [result(item) for item in lease(client, agent).json()["items"]])
+    assert client.delete("/v1/devices/bench").status_code == 204
+    with get_engine().connect() as connection:
+        for table in (
+            "devices",
+            "fingerprints",
+            "lookup_tables",
+            "table_fits",
+            "profiles",
+            "work",
+            "measurements",
+            "uploads",
+        ):
+            assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar() == 0, table
+    assert lease(client, agent).status_code == 401
+
+
+def test_conflicting_uploads_are_refused(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE)
+    results = [result(item) for item in lease(client, agent, limit=3).json()["items"]]
+    assert upload(client, agent, results).json()["stored"] == 3
+    assert upload(client, agent, results).json()["stored"] == 3
+    assert upload(client, agent, results[:2]).json()["type"] == "urn:secateurs:upload-conflict"
+    stale = upload(client, agent, results, "u2", fingerprint="0" * 64)
+    assert (stale.status_code, stale.json()["current"]) == (409, canonical_sha(FACTS))
+
+
+BAD_RESULTS: list[dict[str, Any]] = [
+    {"seconds": 0}, {"seconds": -1}, {"seconds": 1000}, {"seconds": float("nan")}, {"seconds": float("inf")},
+    {"seconds": None}, {"seconds": "1e400"}, {"values": [0.0]}, {"values": []}, {"values": [1.0] * 1001},
+    {"iqr": -1}, {"work_id": 2**63}, {"work_id": -1}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": "k" * 201},
+    {"kind": "block"}, {"error": "both"}, {"more": 1}, {"conditions": {"a": float("nan")}},
+    {"conditions": {"a": "x" * 20_000}}, {"conditions": {"a": "\0"}}, {"conditions": {"a": "\udc00"}},
+]  # fmt: skip
+BAD_FACTS: list[Any] = [
+    {}, {"a": "\0"}, {"a": float("inf")}, {"a": "\ud800"}, {"a": "x" * 17_000}, {"a": [0] * 20_000}, [], "cpu",
+]  # fmt: skip
+
+
+def test_bad_results_are_refused(client: TestClient) -> None:
+    agent = register(client) | {"Content-Type": "application/json"}
+    for change in BAD_RESULTS:
+        item = {"work_id": 1, "kind": "layer", "key": "k", "seconds": 1.0, "values": [1.0]} | change
+        content = json.dumps({"upload_id": "u", "lease_id": "l", "fingerprint": "0" * 64, "results": [item]})
+        answer = client.post("/v1/devices/bench/measurements", content=content, headers=agent)
+        assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json"), change
+
+
+def test_bad_facts_are_refused(client: TestClient) -> None:
+    agent = register(client) | {"Content-Type": "application/json"}
+    for facts in BAD_FACTS:
+        content = json.dumps({"fingerprint": facts, "agent": "0.1"})
+        assert client.post("/v1/devices/bench/leases", content=content, headers=agent).status_code == 422, facts
+
+
+def test_tables_move_between_devices(client: TestClient, rings: list[bool]) -> None:
+    register(client)
+    layers = plan_layers(get_space("mobilenet_v2", 32, 1.0, 10), 6)
+    entries = {layer.key: Entry(layer, 1e-6 * (at + 1), 1e-8, 5, at % 2 == 0) for at, layer in enumerate(layers)}
+    table = LatencyTable("elsewhere", "f" * 64, entries, {SPACE.key: Fit(1e-5, 1.1, 8, 8, 0.01, 0.02)})
+    waiting_job(JobState.PROFILING)
+    answer = client.put("/v1/devices/bench/lookup-table", json=table.to_json())
+    assert answer.json() == {"stored": len(entries), "current": True}
+    assert rings == [True]
+    exported = client.get("/v1/devices/bench/lookup-table").json()
+    assert (exported["entries"], exported["fits"]) == (table.to_json()["entries"], table.to_json()["fits"])
+    assert exported["device"] == "bench"
+    lines = client.get("/v1/devices/bench/lookup-table", headers={"Accept": "text/csv"}).text.splitlines()
+    assert len(lines) == len(entries) + 1
+    assert client.get("/v1/devices/bench/lookup-table?format=csv").text.splitlines() == lines
+    broken = table.to_json()
+    broken["entries"][0]["seconds"] = 0
+    assert client.put("/v1/devices/bench/lookup-table", json=broken).status_code == 422
+
+
+def test_a_table_may_be_larger_than_other_requests(client: TestClient) -> None:
+    register(client)
+    layers = plan_layers(get_space("vgg16", 32, 1.0, 10))
+    table = LatencyTable("elsewhere", "f", {layer.key: Entry(layer, 1e-6) for layer in layers})
+    assert len(json.dumps(table.to_json())) > 1 << 20
+    assert client.put("/v1/devices/bench/lookup-table", json=table.to_json()).json()["stored"] == len(layers)
+    large = {"fingerprint": {"a": "x" * (1 << 20)}, "agent": "0.1"}
+    assert client.post("/v1/devices/bench/profiles", json=large).status_code == 413
