@@ -53,6 +53,7 @@ def postgres_url() -> Iterator[str]:
         with server.connect() as connection:
             connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
             connection.execute(text(f"CREATE DATABASE {name}"))
+            connection.execute(text(f"ALTER DATABASE {name} SET synchronous_commit = off"))
     except OperationalError as error:
         if REQUIRED:
             pytest.fail(f"PostgreSQL is required and does not answer at {POSTGRES}: {error}")
@@ -83,9 +84,10 @@ def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.Mon
     url: str = request.getfixturevalue("postgres_url")
     monkeypatch.setenv("SECATEURS_DATABASE_URL", url)
     forget()
-    tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
+    # Deleting a few rows is much faster than TRUNCATE, which makes new files for every table and index.
     with get_engine().begin() as connection:
-        connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
+        for table in reversed(Base.metadata.sorted_tables):
+            connection.execute(table.delete())
     return url
 
 

@@ -94,7 +94,7 @@ def declared(status: int) -> dict[str, Any]:
 
 
 def problem(
-    status: int, kind: str | None, detail: str, headers: Mapping[str, str] | None = None, **members: Any
+    status: int, kind: str | None, detail: str, headers: Mapping[str, str] | None = None, /, **members: Any
 ) -> ProblemResponse:
     """A problem document; `kind` None is the status's own name."""
     phrase = HTTPStatus(status).phrase

@@ -1,0 +1,225 @@
+"""Jobs over HTTP: what is refused, what is accepted once, and how it is followed."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import func, select
+
+from latency_profiler.cost import flops
+from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.spaces.registry import get_space
+from service import broker
+from service.store import devices, jobs, measurements, structures
+from service.store.candidates import Judged, record_generation
+from service.store.models import Job, JobState
+from service.store.session import snapshot, transaction
+
+REQUEST: dict[str, Any] = {
+    "space": "mobilenet_v1", "image_size": 8, "width": 0.25, "dataset": "digits", "effort": "smoke",
+    "constraints": [{"metric": "flops", "max": 200_000}],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def bells(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    rung: list[bool] = []
+    monkeypatch.setattr(broker, "ring", lambda: bool(rung.append(True)))
+    return rung
+
+
+def count_jobs() -> int:
+    with snapshot() as session:
+        return session.scalar(select(func.count()).select_from(Job)) or 0
+
+
+def submit(client: TestClient, key: str | None = None, **changes: Any) -> Any:
+    headers = {} if key is None else {"Idempotency-Key": key}
+    return client.post("/v1/jobs", json=REQUEST | changes, headers=headers)
+
+
+def test_a_job_is_accepted_even_though_the_broker_is_dead(client: TestClient, bells: list[bool]) -> None:
+    answer = submit(client)
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["Location"] == f"/v1/jobs/{job['id']}"
+    assert job["state"] == "queued"
+    assert job["spec"]["search"] == {
+        "generations": 2, "population": 8, "parents": 4, "mutation_probability": 0.1, "recalibration_images": 128,
+        "rank_by": "loss", "least_budget_share": 0.9,
+    }  # fmt: skip
+    assert bells == [True]
+    assert client.get("/readyz").json()["broker"] == "silent"
+    again = client.get(f"/v1/jobs/{job['id']}").json()
+    assert again | {"seconds": {}} == job
+
+
+@pytest.mark.parametrize("metric", ["flops", "parameters"])
+def test_a_budget_below_the_smallest_structure_is_refused_with_the_range(client: TestClient, metric: str) -> None:
+    space = get_space("mobilenet_v1", 8, 0.25, 10, True)
+    problem = submit(client, constraints=[{"metric": metric, "max": 10}]).json()
+    assert problem["status"] == 422
+    assert problem["type"] == "urn:secateurs:infeasible-constraint"
+    assert (problem["metric"], problem["asked"]) == (metric, 10)
+    if metric == "flops":
+        assert problem["smallest"] == flops(space.layers(space.channels(space.smallest)))
+        assert problem["largest"] == flops(space.layers(space.channels(space.largest)))
+    exactly = {"metric": metric, "max": problem["smallest"]}
+    assert count_jobs() == 0
+    assert submit(client, constraints=[exactly]).status_code == 202
+    beyond = {"metric": metric, "max": 10**12, "min": problem["largest"] + 1}
+    assert submit(client, constraints=[beyond]).json()["asked"] == problem["largest"] + 1
+
+
+def test_a_latency_budget_waits_for_the_table_or_is_compared_with_it(client: TestClient) -> None:
+    with transaction() as session:
+        devices.register(session, "bench")
+    asked = [{"metric": "latency", "device": "bench", "max_ms": 0.5}]
+    assert submit(client, constraints=asked).status_code == 202
+    space = get_space("mobilenet_v1", 8, 0.25, 10, True)
+    entries = {layer.key: Entry(layer, 1e-3) for layer in plan_layers(space, 2)}
+    with transaction() as session:
+        measurements.import_table(session, devices.get(session, "bench"), LatencyTable("bench", "f" * 64, entries))
+    problem = submit(client, constraints=asked).json()
+    assert problem["type"] == "urn:secateurs:infeasible-constraint"
+    assert problem["smallest"] == pytest.approx(len(space.units) * 1.0)
+    assert (problem["metric"], problem["device"], problem["asked"]) == ("latency_ms", "bench", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dataset": "nothing"}, "digits"),
+        ({"space": "nothing"}, "mobilenet_v1"),
+        ({"measure_on": ["nothing"]}, "no device 'nothing'"),
+        ({"constraints": [{"metric": "latency", "device": "nothing", "max_ms": 1}]}, "no device 'nothing'"),
+    ],
+)
+def test_unknown_names_are_refused(client: TestClient, changes: dict[str, Any], named: str) -> None:
+    answer = submit(client, **changes)
+    assert answer.status_code == 422
+    assert named in answer.json()["detail"]
+    assert count_jobs() == 0
+
+
+def test_the_same_key_is_one_job(client: TestClient, make_key: Callable[..., str]) -> None:
+    first = submit(client, "once")
+    assert submit(client, "once").json() == first.json()
+    assert submit(client, "once").status_code == 202
+    assert count_jobs() == 1
+    other_body = submit(client, "once", seed=1)
+    assert (other_body.status_code, other_body.json()["type"]) == (422, "urn:secateurs:idempotency-key-reused")
+    client.headers["Authorization"] = f"Bearer {make_key('submit')}"
+    assert submit(client, "once").json()["id"] != first.json()["id"]
+    assert count_jobs() == 2
+
+
+def test_the_same_key_at_once_is_one_job(client: TestClient) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: submit(client, "at-once"), range(8)))
+    assert {answer.status_code for answer in answers} <= {202, 409}
+    assert len({answer.json()["id"] for answer in answers if answer.status_code == 202}) == 1
+    assert count_jobs() == 1
+
+
+def test_a_refused_request_leaves_its_key_free(client: TestClient) -> None:
+    assert submit(client, "once", dataset="nothing").status_code == 422
+    assert submit(client, "once").status_code == 202
+
+
+def test_pages_hold_every_job_once_the_newest_first(client: TestClient) -> None:
+    made = [submit(client, seed=seed).json()["id"] for seed in range(7)]
+    seen: list[str] = []
+    cursor: str | None = None
+    for _ in range(4):
+        page = client.get("/v1/jobs", params={"limit": 2} | ({"cursor": cursor} if cursor else {})).json()
+        seen += [job["id"] for job in page["items"]]
+        cursor = page["next"]
+    assert cursor is None
+    assert seen == made[::-1]
+
+
+def test_filters(client: TestClient) -> None:
+    job = submit(client).json()
+    for query, count in (
+        ({"space": "mobilenet_v1"}, 1), ({"space": job["space_key"]}, 1), ({"space": "mobilenet_v"}, 0),
+        ({"state": "queued"}, 1), ({"state": "failed"}, 0), ({"dataset": "digits"}, 1),
+    ):  # fmt: skip
+        assert len(client.get("/v1/jobs", params=query).json()["items"]) == count, query
+    assert client.get("/v1/jobs", params={"dataset": "nothing"}).status_code == 404
+
+
+def test_cancelling(client: TestClient) -> None:
+    where = submit(client).json()["links"]["cancel"]
+    assert client.post(where).json()["state"] == "cancelled"
+    assert client.post(where).json()["state"] == "cancelled"
+    other = submit(client).json()
+    with transaction() as session:
+        claim = jobs.claim(session, "worker", 30, 3)
+        assert claim is not None
+    held = client.post(other["links"]["cancel"]).json()
+    assert (held["state"], held["cancel_requested"]) == ("queued", True)
+    third = submit(client).json()
+    with transaction() as session:
+        claim = jobs.claim(session, "worker", 30, 3)
+        assert claim is not None
+        jobs.finish(session, claim, JobState.SUCCEEDED)
+    answer = client.post(third["links"]["cancel"])
+    assert (answer.status_code, answer.json()["state"]) == (409, "succeeded")
+
+
+def events(client: TestClient, where: str, after: int | None = None) -> list[dict[str, str]]:
+    headers = {} if after is None else {"Last-Event-ID": str(after)}
+    text = client.get(where, headers=headers).text
+    return [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.split("\n\n") if block]
+
+
+def test_events_are_complete_resumable_and_end(client: TestClient) -> None:
+    job = submit(client).json()
+    with transaction() as session:
+        for done in range(300):
+            jobs.add_event(session, job["id"], "progress", {"done": done})
+    client.post(job["links"]["cancel"])
+    found = events(client, job["links"]["events"])
+    assert [event["event"] for event in found] == ["state"] + ["progress"] * 300 + ["state"]
+    assert [json.loads(event["data"])["done"] for event in found[1:-1]] == list(range(300))
+    assert json.loads(found[-1]["data"])["state"] == "cancelled"
+    middle = int(found[150]["id"])
+    assert events(client, job["links"]["events"], middle) == found[151:]
+    assert events(client, job["links"]["events"], 2**62) == []
+    assert client.get("/v1/jobs/0/events").status_code == 404
+
+
+def test_candidates_are_sorted_and_paged(client: TestClient) -> None:
+    job = submit(client).json()
+    space = get_space("mobilenet_v1", 8, 0.25, 10, True)
+    judged = [
+        Judged((i,) * 14, "mutation", (((i + 1),) * 14, (0,) * 14), 100 - i, 5, {"bench": 0.001}, (i * 7 % 5) / 5, 1.0)
+        for i in range(12)
+    ]
+    with transaction() as session:
+        record_generation(session, jobs.get(session, job["id"]), space, 3, judged, {})
+    for sort, order, key in (
+        ("proxy_accuracy", None, lambda one: (-one["proxy_accuracy"], -one["id"])),
+        ("flops", None, lambda one: (one["flops"], one["id"])),
+        ("parameters", "descending", lambda one: (-one["parameters"], -one["id"])),
+        ("generation", "ascending", lambda one: (one["generation"], one["id"])),
+    ):
+        seen: list[dict[str, Any]] = []
+        query: dict[str, Any] = {"limit": 5, "sort": sort} | ({"order": order} if order else {})
+        for _ in range(3):
+            page = client.get(job["links"]["candidates"], params=query).json()
+            seen += page["items"]
+            query["cursor"] = page["next"]
+        assert page["next"] is None
+        assert len({one["id"] for one in seen}) == 12
+        assert seen == sorted(seen, key=key), sort
+    one = seen[0]
+    assert one["channels"] == list(space.channels(one["encoding"]))
+    assert one["predicted_ms"] == {"bench": 1.0}
+    assert one["parents"] == [[1] * 14, [0] * 14]
+    with snapshot() as session:
+        assert structures.get(session, one["structure_id"]).channels == one["channels"]

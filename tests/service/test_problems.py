@@ -1,0 +1,99 @@
+"""Whatever goes wrong is answered by a problem document, also where the framework or the database fails."""
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from service.api import spaces
+from service.api.problems import Problem
+from service.app import MAX_BODY
+from service.store import jobs
+
+
+def check(answer: Any, status: int, kind: str | None = None) -> Problem:
+    assert answer.status_code == status, answer.text[:300]
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["X-Request-ID"]
+    problem = Problem.model_validate(answer.json())
+    assert problem.status == status
+    assert kind is None or problem.type == f"urn:secateurs:{kind}"
+    return problem
+
+
+def test_of_the_framework(client: TestClient) -> None:
+    check(client.get("/nothing"), 404, "not-found")
+    check(client.get("/v1/nothing"), 404, "not-found")
+    answer = client.put("/v1/jobs")
+    check(answer, 405, "method-not-allowed")
+    assert set(answer.headers["Allow"].split(", ")) <= {"GET", "POST"}
+    check(client.post("/v1/jobs", content="a=1", headers={"Content-Type": "text/plain"}), 415)
+    check(client.post("/v1/jobs", content="a=1"), 415)
+    check(client.post("/v1/jobs", content="{", headers={"Content-Type": "application/json"}), 422, "invalid-request")
+
+
+@pytest.mark.parametrize("sent", ["at once", "in chunks"])
+def test_a_long_body_is_refused_as_it_arrives(client: TestClient, sent: str) -> None:
+    taken = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(64):
+            taken += 1
+            yield b" " * (MAX_BODY // 8)
+
+    body = b" " * (MAX_BODY + 1) if sent == "at once" else chunks()
+    answer = client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    check(answer, 413, "content-too-large" if answer.json()["title"] == "Content Too Large" else None)
+
+
+def test_what_was_sent_is_not_echoed(client: TestClient) -> None:
+    secret = "hunter2-hunter2"
+    body = {"space": secret, "dataset": [secret], "constraints": [{"metric": secret}], "seed": secret, "effort": secret}
+    answer = client.post("/v1/jobs", json=body)
+    problem = check(answer, 422, "invalid-request")
+    assert {error.field for error in problem.errors} == {
+        "body.dataset", "body.constraints.0", "body.seed", "body.effort",
+    }  # fmt: skip
+    assert secret not in answer.text
+
+
+def test_a_request_id_is_kept_if_it_is_one(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
+    assert client.get("/healthz", headers={"X-Request-ID": "a b\tc"}).headers["X-Request-ID"] != "a b\tc"
+
+
+@pytest.mark.parametrize("error", [OperationalError("SELECT secret", {}, Exception("gone")), PoolTimeout("none left")])
+def test_a_database_that_is_away_is_503(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(jobs, "newest", fail)
+    answer = client.get("/v1/jobs")
+    check(answer, 503, "database-unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert "secret" not in answer.text
+
+
+def test_a_bug_is_500_without_details(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("detail that nobody must see")
+
+    monkeypatch.setattr(spaces, "get_space", fail)
+    answer = client.get("/v1/spaces/vgg16")
+    problem = check(answer, 500, "internal-server-error")
+    assert "nobody" not in answer.text
+    assert answer.headers["X-Request-ID"] in problem.detail
+
+
+def test_a_bad_cursor_is_422(client: TestClient) -> None:
+    for position in ("[]", "[1]", '["a", 1]', "null", '[NaN, "a"]', '[1e400, "a"]', "[" * 300, '[1, "\\u0000"]'):
+        cursor = base64.urlsafe_b64encode(position.encode()).decode()
+        for where in ("/v1/jobs", "/v1/datasets"):
+            check(client.get(where, params={"cursor": cursor}), 422, "invalid-input")
+    for cursor in ("x", "é", "=", "a b"):
+        check(client.get("/v1/jobs", params={"cursor": cursor}), 422, "invalid-input")
