@@ -15,7 +15,7 @@ from latency_profiler.calibration import FITTED, HELD_OUT, calibration_networks,
 from latency_profiler.errors import SecateursError
 from latency_profiler.spaces.space import Space
 from service.store import devices, measurements, work
-from service.store.models import Device, LookupTable, Measurement, TableFit, Upload, Work, WorkKind, WorkState
+from service.store.models import Device, LookupTable, Measurement, Profile, TableFit, Upload, Work, WorkKind, WorkState
 
 
 class UploadConflict(SecateursError):
@@ -153,14 +153,21 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
     """After work ended: fit the profiles that became complete, and wake jobs where something they wait for is there."""
     if not touched or device.table_id is None:
         return False
-    still_open = work.open_keys(session, device.table_id)
-    ready = any(map(work.for_job, touched)) and not any(map(work.for_job, still_open))
+    networks = work.open_keys(session, device.table_id, WorkKind.NETWORK)
+    ready = any(map(work.for_job, touched)) and not any(map(work.for_job, networks))
     for profile in measurements.profiles(session, device):
-        keys = frozenset[str]().union(*work.profile_keys(work.profile_space(profile), profile.points))
-        if keys & touched and not keys & still_open:
+        if _complete(session, profile, device.table_id, touched, networks):
             _fit(session, device, work.profile_space(profile))
             ready = True
     return ready and measurements.wake(session)
+
+
+def _complete(session: Session, profile: Profile, table_id: str, touched: set[str], open_networks: set[str]) -> bool:
+    """Whether all of a profile has ended, and something of it just now. Its layers are many, so they come last."""
+    layers, networks = work.profile_keys(work.profile_space(profile), profile.points)
+    if networks & open_networks or not (touched & layers or touched & networks):
+        return False
+    return not layers & work.open_keys(session, table_id, WorkKind.LAYER)
 
 
 def _fit(session: Session, device: Device, space: Space) -> None:

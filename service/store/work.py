@@ -132,9 +132,10 @@ def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[
     return lease_id, works
 
 
-def open_keys(session: Session, table_id: str) -> set[str]:
-    """Keys of the work of a table that waits or is leased."""
-    return set(session.scalars(select(Work.key).where(Work.table_id == table_id, Work.state.in_(OPEN))))
+def open_keys(session: Session, table_id: str, kind: WorkKind) -> set[str]:
+    """Keys of the layers or networks of a table that wait or are leased."""
+    query = select(Work.key).where(Work.table_id == table_id, Work.kind == kind, Work.state.in_(OPEN))
+    return set(session.scalars(query))
 
 
 def retry_failed(session: Session, profile: Profile) -> None:
