@@ -8,6 +8,7 @@ extrapolated. All times are seconds.
 
 import csv
 import io
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -77,15 +78,21 @@ class Price:
 
 
 class _Family:
-    """Measured points (c_in, c_out) → seconds of layers that differ in nothing else."""
+    """Measured points (c_in, c_out) → seconds of layers that differ in nothing else.
+
+    The layers of several places in a network can be one family, each with a grid of its own, so that the points form
+    no common grid: cells are searched among pairs of inputs and the outputs that were measured with both.
+    """
 
     def __init__(self) -> None:
         self.points: dict[Cell, float] = {}
-        self._axes: tuple[list[int], list[int], list[int]] | None = None
+        self._rows: dict[int, set[int]] = defaultdict(set)
+        self._forget()
 
     def add(self, entry: Entry) -> None:
         self.points[entry.layer.c_in, entry.layer.c_out] = entry.seconds
-        self._axes = None
+        self._rows[entry.layer.c_in].add(entry.layer.c_out)
+        self._forget()
 
     def interpolate(self, c_in: int, c_out: int) -> float | None:
         """Seconds inside the smallest measured cell around a point; None outside of all cells.
@@ -93,40 +100,57 @@ class _Family:
         Layers whose input and output are one width (depthwise, poolings, the middle of a bottleneck) are measured
         along the diagonal and interpolated along it.
         """
-        inputs, outputs, diagonal = self._sorted_axes()
-        if c_in == c_out:
-            for low, high in _brackets(diagonal, c_in):
-                return _linear(c_in, low, high, self.points[low, low], self.points[high, high])
-        cells = product(_brackets(inputs, c_in), _brackets(outputs, c_out))
-        for (a, b), (c, d) in sorted(cells, key=_area):
-            if all(corner in self.points for corner in product((a, b), (c, d))):
-                at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
-                at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
-                return _linear(c_out, c, d, at_c, at_d)
+        if cell := self._cell(c_in, c_out):
+            (a, b), (c, d) = cell
+            at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
+            at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
+            return _linear(c_out, c, d, at_c, at_d)
+        if c_in == c_out and (side := _bracket(self._diagonal(), c_in)):
+            low, high = side
+            return _linear(c_in, low, high, self.points[low, low], self.points[high, high])
         return None
 
-    def _sorted_axes(self) -> tuple[list[int], list[int], list[int]]:
-        if self._axes is None:
-            self._axes = (
-                sorted({i for i, _ in self.points}),
-                sorted({o for _, o in self.points}),
-                sorted(i for i, o in self.points if i == o),
-            )
-        return self._axes
+    def _cell(self, c_in: int, c_out: int) -> tuple[Cell, Cell] | None:
+        """The smallest cell around a point whose four corners were measured, as its inputs and its outputs."""
+        found, least = None, math.inf
+        for a, b in self._sides(c_in):
+            if b - a + 1 >= least:
+                break
+            side = _bracket(self._common(a, b), c_out)
+            if side and (area := (b - a + 1) * (side[1] - side[0] + 1)) < least:
+                found, least = ((a, b), side), area
+        return found
+
+    def _sides(self, c_in: int) -> list[Cell]:
+        """Pairs of measured inputs around an input, the narrowest first."""
+        if c_in not in self._pairs:
+            below = [i for i in self._rows if i <= c_in]
+            above = [i for i in self._rows if i >= c_in]
+            self._pairs[c_in] = sorted(product(below, above), key=lambda pair: (pair[1] - pair[0], pair))
+        return self._pairs[c_in]
+
+    def _common(self, a: int, b: int) -> list[int]:
+        """Outputs that were measured with both inputs, sorted."""
+        if (a, b) not in self._outputs:
+            self._outputs[a, b] = sorted(self._rows[a] & self._rows[b])
+        return self._outputs[a, b]
+
+    def _diagonal(self) -> list[int]:
+        return sorted(i for i, o in self.points if i == o)
+
+    def _forget(self) -> None:
+        self._pairs: dict[int, list[Cell]] = {}
+        self._outputs: dict[Cell, list[int]] = {}
 
 
-def _brackets(values: list[int], value: int, most: int = 4) -> list[tuple[int, int]]:
-    """Pairs of sorted values around a value, the narrowest first; (value, value) where it is one of them."""
+def _bracket(values: list[int], value: int) -> Cell | None:
+    """The sorted values next to a value on either side, or the value twice where it is one of them."""
     at = bisect_left(values, value)
-    exact = [(value, value)] if at < len(values) and values[at] == value else []
-    above = at + len(exact)
-    pairs = product(values[max(0, at - most) : at], values[above : above + most])
-    return exact + sorted(pairs, key=lambda pair: pair[1] - pair[0])
-
-
-def _area(cell: tuple[tuple[int, int], tuple[int, int]]) -> int:
-    (a, b), (c, d) = cell
-    return (b - a + 1) * (d - c + 1)
+    if at == len(values):
+        return None
+    if values[at] == value:
+        return value, value
+    return (values[at - 1], values[at]) if at else None
 
 
 def _linear(x: int, low: int, high: int, at_low: float, at_high: float) -> float:

@@ -1,0 +1,152 @@
+"""Prices from measured layers: sums, interpolation, what is missing, and the vectorised form."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from latency_profiler.cost import layer_flops
+from latency_profiler.errors import InvalidInput, MissingLatencies
+from latency_profiler.layers import Activation, Layer, Op
+from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable, plan_layers
+from latency_profiler.spaces.registry import SPACES, get_space
+from latency_profiler.spaces.space import Space
+
+CONV = Layer(Op.CONV, 10, 20, 8, 3, 1, 1, Activation.RELU, norm=True)
+
+
+def seconds(layer: Layer) -> float:
+    """Bilinear in the widths, as interpolation assumes."""
+    return 1e-9 * (1000 + layer_flops(layer) + 7 * layer.c_in + 11 * layer.c_out)
+
+
+def table(layers: list[Layer]) -> LatencyTable:
+    return LatencyTable("bench", "f" * 64, {layer.key: Entry(layer, seconds(layer)) for layer in layers})
+
+
+def random_channels(space: Space, count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.array([space.channels(rng.integers(0, 31, len(space.genes)).tolist()) for _ in range(count)])
+
+
+@pytest.mark.parametrize("name", sorted(SPACES))
+@pytest.mark.parametrize("size", [8, 32])
+def test_a_sampled_plan_prices_every_structure(name: str, size: int) -> None:
+    space = get_space(name, size, 0.5, 10, free_last=True)
+    planned = plan_layers(space, 4)
+    assert len(planned) == len({layer.key for layer in planned})
+    prices = table(planned)
+    for row in random_channels(space, 20).tolist():
+        price = prices.price(space, row)
+        exact = sum(map(seconds, space.layers(row)))
+        assert price.seconds == pytest.approx(exact, rel=1e-9), "the device is bilinear, so interpolation is exact"
+    assert prices.missing(space.layers(space.uniform(0.43))) == []
+
+
+def test_a_full_plan_interpolates_nothing() -> None:
+    space = get_space("mobilenet_v1", 8, 0.25, 10)
+    prices = table(plan_layers(space))
+    for row in random_channels(space, 20).tolist():
+        assert prices.price(space, row).interpolated == 0
+
+
+def test_layers_of_one_width_are_always_planned_in_full() -> None:
+    space = get_space("mobilenet_v1", 32, 0.5, 10)
+    sampled, full = plan_layers(space, 3), plan_layers(space)
+    assert {one for one in sampled if one.op is Op.DEPTHWISE} == {one for one in full if one.op is Op.DEPTHWISE}
+    assert len(sampled) < len(full) / 5
+
+
+def test_interpolation_is_marked_and_stays_inside_its_cell() -> None:
+    corners = [replace(CONV, c_in=i, c_out=o) for i in (8, 16) for o in (16, 32)]
+    prices = table(corners)
+    assert prices.layer(corners[0]).interpolated is False
+    inside = prices.layer(CONV)
+    assert inside.interpolated is True
+    assert inside.seconds == pytest.approx(seconds(CONV))
+    for outside in (replace(CONV, c_in=7), replace(CONV, c_in=17), replace(CONV, c_out=33)):
+        with pytest.raises(MissingLatencies, match="profile the space") as caught:
+            prices.layer(outside)
+        assert caught.value.keys == (outside.key,)
+
+
+def test_another_family_is_no_neighbour() -> None:
+    corners = [replace(CONV, c_in=i, c_out=o) for i in (8, 16) for o in (16, 32)]
+    assert table(corners).missing([replace(CONV, size=9), replace(CONV, activation=Activation.RELU6), CONV]) == [
+        replace(CONV, size=9).key, replace(CONV, activation=Activation.RELU6).key,
+    ]  # fmt: skip
+
+
+def test_layers_of_one_width_are_interpolated_along_the_diagonal() -> None:
+    depthwise = Layer(Op.DEPTHWISE, 12, 12, 8, 3, 1, 1, Activation.RELU, norm=True)
+    prices = table([replace(depthwise, c_in=c, c_out=c) for c in (8, 16)])
+    assert prices.layer(depthwise).seconds == pytest.approx(seconds(depthwise))
+
+
+def test_a_missing_layer_is_an_error_and_named() -> None:
+    space = get_space("resnet20", 32, 1.0, 10)
+    layers = list(dict.fromkeys(space.layers(space.channels(space.largest))))
+    prices = table(layers[:-2])
+    with pytest.raises(MissingLatencies) as caught:
+        prices.price(space, space.channels(space.largest))
+    assert set(caught.value.keys) == {layers[-1].key, layers[-2].key}
+
+
+def test_equal_layers_count_wherever_they_stand() -> None:
+    space = get_space("resnet20", 32, 1.0, 10)
+    layers = space.layers(space.channels(space.largest))
+    assert len(set(layers)) < len(layers)
+    price = table(list(set(layers))).price(space, space.channels(space.largest))
+    assert len(price.layers) == len(layers)
+    assert price.seconds == pytest.approx(sum(map(seconds, layers)))
+
+
+def test_a_fit_is_overhead_and_slope() -> None:
+    space = get_space("resnet20", 32, 1.0, 10)
+    prices = table(plan_layers(space, 4))
+    channels = space.channels(space.largest)
+    plain = prices.price(space, channels).seconds
+    prices.fits[space.key] = Fit(2e-5, 0.9, 8, 8, 0.01, 0.02)
+    price = prices.price(space, channels)
+    assert (price.seconds, price.overhead) == (pytest.approx(2e-5 + 0.9 * plain), 2e-5)
+    assert prices.price(get_space("resnet20", 32, 1.0, 10, free_last=True), channels).seconds == plain
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet20", "vgg16"])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_latency_model_equals_the_table_to_the_last_bit(name: str, fitted: bool) -> None:
+    space = get_space(name, 8, 0.25, 10, free_last=True)
+    prices = table(plan_layers(space, 4))
+    if fitted:
+        prices.fits[space.key] = Fit(1.234e-5, 0.987, 8, 8, 0.01, 0.02)
+    channels = random_channels(space, 30)
+    assert LatencyModel(prices, space).seconds(channels).tolist() == [
+        prices.price(space, row).seconds for row in channels.tolist()
+    ]
+
+
+def test_tables_survive_json_and_are_checked() -> None:
+    prices = table(plan_layers(get_space("resnet20", 32, 1.0, 10), 3))
+    prices.add(Entry(CONV, 1e-5, 1e-7, 9, False))
+    prices.fits["space"] = Fit(1e-5, 0.9, 8, 8, 0.01, 0.02)
+    data = json.loads(json.dumps(prices.to_json()))
+    copy = LatencyTable.from_json(data)
+    assert copy == prices
+    assert copy.to_json() == data
+    for wrong in (0.0, -1.0, 1e9):
+        data["entries"][0]["seconds"] = wrong
+        with pytest.raises(InvalidInput, match="above 0"):
+            LatencyTable.from_json(data)
+    with pytest.raises(InvalidInput, match="not a lookup table"):
+        LatencyTable.from_json({"device": "bench"})
+
+
+def test_csv_has_a_line_per_layer() -> None:
+    prices = table([CONV, replace(CONV, c_in=11)])
+    rows = list(csv.DictReader(io.StringIO(prices.to_csv())))
+    assert {(row["c_in"], row["op"], float(row["seconds"])) for row in rows} == {
+        ("10", "conv", seconds(CONV)), ("11", "conv", seconds(replace(CONV, c_in=11))),
+    }  # fmt: skip
