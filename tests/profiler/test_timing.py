@@ -1,0 +1,123 @@
+"""Timing with a clock that does what the test says."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import numpy as np
+import pytest
+
+from latency_profiler.errors import MeasurementFailed
+from latency_profiler.timing import Effort, Series, Stopwatch, interleave, measure
+
+
+@dataclass
+class Machine:
+    """A clock that only runs while `run` does: `first` seconds for the first run, then `costs` one by one."""
+
+    costs: Iterable[float]
+    first: float = 0.0
+    now: float = 0.0
+    runs: int = 0
+    _costs: Iterator[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._costs = iter(self.costs)
+
+    def run(self) -> None:
+        self.now += self.first if self.runs == 0 and self.first else next(self._costs)
+        self.runs += 1
+
+    def clock(self) -> float:
+        return self.now
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch(self.run, self.clock)
+
+
+def test_a_value_lasts_as_long_as_asked() -> None:
+    machine = Machine(repeat(3e-6))
+    timing = measure(machine.stopwatch, Effort(value=1e-3))
+    assert timing.loops == pytest.approx(1e-3 / 3e-6, rel=0.01)
+    assert timing.median == pytest.approx(3e-6)
+    assert machine.runs == timing.warmup + timing.loops * len(timing.values)
+
+
+def test_a_run_longer_than_a_value_is_a_loop_of_one() -> None:
+    timing = measure(Machine(repeat(0.01)).stopwatch)
+    assert (timing.loops, timing.median) == (1, pytest.approx(0.01))
+
+
+def test_a_slow_first_run_spoils_neither_loops_nor_values() -> None:
+    timing = measure(Machine(repeat(1e-5), first=0.5).stopwatch, Effort(value=1e-3))
+    assert timing.loops == pytest.approx(100, rel=0.02)
+    assert max(timing.values) == pytest.approx(1e-5)
+
+
+def test_constant_costs_are_steady_after_the_least_number_of_values() -> None:
+    timing = measure(Machine(repeat(2e-3)).stopwatch, Effort(least=5, most=50))
+    assert (len(timing.values), timing.steady) == (5, True)
+    assert timing.iqr == pytest.approx(0.0, abs=1e-15)
+
+
+def test_wild_costs_stop_at_the_most_and_are_called_unsteady() -> None:
+    costs = np.random.default_rng(0).uniform(1e-3, 9e-3, 10_000).tolist()
+    timing = measure(Machine(costs).stopwatch, Effort(least=5, most=20))
+    assert (len(timing.values), timing.steady) == (20, False)
+    low, median, high = np.percentile(timing.values, (25, 50, 75))
+    assert (timing.median, timing.iqr) == (pytest.approx(median), pytest.approx(high - low))
+
+
+def test_the_cap_in_seconds_ends_what_is_slow() -> None:
+    costs = [1.0, 3.0] * 100
+    timing = measure(Machine(costs).stopwatch, Effort(least=5, most=1000, cap=2.0))
+    assert len(timing.values) == 5
+
+
+def test_a_clock_that_stands_still_ends_too() -> None:
+    class Still:
+        def seconds(self, runs: int) -> float:
+            return 0.0
+
+    assert measure(Still(), Effort(most=5, least=5)).median == 0.0
+
+
+def test_one_disturbance_costs_no_median() -> None:
+    """Half a millisecond hits one value of each of three interleaved subjects."""
+    machines = [Machine([2e-3] * 5 + [1.0] + [2e-3] * 100) for _ in range(3)]
+    series = [Series(machine.stopwatch, Effort(least=7, most=15)) for machine in machines]
+    interleave(series, np.random.default_rng(0))
+    for one in series:
+        assert one.timing().median == pytest.approx(2e-3)
+        assert max(one.timing().values) == 1.0
+
+
+def test_interleaved_subjects_take_turns() -> None:
+    order: list[int] = []
+
+    @dataclass
+    class Noted:
+        name: int
+
+        def seconds(self, runs: int) -> float:
+            order.append(self.name)
+            return 2e-3 * runs
+
+    interleave([Series(Noted(name), Effort(least=6, most=6)) for name in range(4)], np.random.default_rng(0))
+    last = order[-24:]
+    assert len(order) > 24
+    for turn in range(6):
+        assert sorted(last[4 * turn : 4 * turn + 4]) == [0, 1, 2, 3]
+    assert len({tuple(last[4 * turn : 4 * turn + 4]) for turn in range(6)}) > 1, "the order changes"
+
+
+def test_a_subject_that_fails_says_why_and_stops_no_other() -> None:
+    def fail() -> None:
+        raise OSError("no such kernel")
+
+    bad, good = Series(Stopwatch(fail)), Series(Machine(repeat(1e-3)).stopwatch)
+    interleave([bad, good], np.random.default_rng(0))
+    assert good.timing().median == pytest.approx(1e-3)
+    with pytest.raises(MeasurementFailed, match="OSError: no such kernel"):
+        bad.timing()
