@@ -27,10 +27,7 @@ class Service(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document."""
         if self.openapi_schema is None:
-            schemas = super().openapi().setdefault("components", {}).setdefault("schemas", {})
-            reference = "#/components/schemas/{model}"
-            schemas["Problem"] = problems.Problem.model_json_schema(ref_template=reference)
-            schemas.update(schemas["Problem"].pop("$defs"))
+            problems.describe(super().openapi())
         assert self.openapi_schema is not None
         return self.openapi_schema
 
@@ -45,8 +42,9 @@ def create_app() -> FastAPI:
     problems.install(app)
     app.include_router(health.router)
     v1 = APIRouter(
-        prefix="/v1", dependencies=[Depends(authenticate)], responses=problems.responses(), max_body_size=MAX_BODY
-    )
+        prefix="/v1", dependencies=[Depends(authenticate), Depends(problems.json_body)],
+        responses=problems.responses(), max_body_size=MAX_BODY,
+    )  # fmt: skip
     for router in ROUTERS:
         v1.include_router(router)
     app.include_router(v1)

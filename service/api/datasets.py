@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.auth import require
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
-from service.api.problems import json_body, responses
+from service.api.problems import responses
 from service.images import inspect
 from service.settings import get_settings
 from service.specs import Model, Name, Text
@@ -61,8 +61,8 @@ def read_dataset(dataset: Name) -> DatasetRead:
 
 
 @router.post(
-    "", status_code=201, responses=responses(409, 413),
-    dependencies=[Depends(require("submit")), Depends(json_body)],
+    "", status_code=201, responses=responses(409),
+    dependencies=[Depends(require("submit"))],
 )  # fmt: skip
 def add_dataset(request: DatasetRequest) -> DatasetRead:
     """Register images that lie below the data root; they are read once to see that they can be."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from service import broker
 from service.api.auth import Reader, Submitter, require
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
-from service.api.problems import json_body, responses
+from service.api.problems import responses
 from service.specs import JobRequest, Name
 from service.store import datasets, idempotency, jobs, structures
 from service.store.models import TERMINAL, Candidate, Job, JobState, Structure
@@ -78,9 +78,7 @@ class CandidateRead(BaseModel):
     parents: list[list[int]]
 
 
-@router.post(
-    "", status_code=202, responses=responses(409, 413), dependencies=[Depends(json_body)], response_model=JobRead
-)
+@router.post("", status_code=202, responses=responses(409), response_model=JobRead)
 def submit(
     spec: JobRequest,
     caller: Submitter,

@@ -83,8 +83,18 @@ PROBLEMS: dict[type[Exception], tuple[int, str, Facts]] = {
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route declares for these statuses, and for those that every route under /v1 may answer."""
     everywhere = {401, 403, 422, 500, 503}
-    unreadable = {400, 415} if 413 in statuses else set()  # whatever takes a body may be sent one that is no JSON
-    return {status: declared(status) for status in sorted(everywhere.union(statuses, unreadable))}
+    return {status: declared(status) for status in sorted(everywhere.union(statuses))}
+
+
+def describe(document: dict[str, Any]) -> None:
+    """Complete an OpenAPI document: the one schema of all errors, and what every route that takes a body may answer."""
+    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas |= schema.pop("$defs") | {"Problem": schema}
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        if "requestBody" in operation:
+            answers = operation["responses"] | {str(status): declared(status) for status in (400, 413, 415)}
+            operation["responses"] = dict(sorted(answers.items()))
 
 
 def declared(status: int) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def problem(
 
 
 def json_body(request: Request) -> None:
-    """A dependency of routes that read JSON: another content type is answered by 415."""
+    """A dependency of every route: a body of another content type is answered by 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     empty = request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers
     if not (empty or kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):

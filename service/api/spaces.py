@@ -12,7 +12,7 @@ from latency_profiler.quote import quote
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import CHOICES, LARGEST_WIDTH, Slot, Space
 from service.api.auth import require
-from service.api.problems import json_body, responses
+from service.api.problems import responses
 from service.specs import Model, Name
 from service.store import measurements
 from service.store.session import snapshot
@@ -153,7 +153,7 @@ def read_space(
     )  # fmt: skip
 
 
-@router.post("/{space}/price", responses=responses(404, 409, 413), dependencies=[Depends(json_body)])
+@router.post("/{space}/price", responses=responses(404, 409))
 def price(space: Name, request: PriceRequest) -> PriceQuote:
     """Costs of one structure, layer by layer; a device whose table lacks a layer is answered by 409."""
     _known(space)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from latency_profiler.errors import InvalidChannels, InvalidInput, NotFound
 from latency_profiler.spaces.registry import SPACES, get_space
@@ -25,7 +25,7 @@ from service.store.structures import Budget
 router = APIRouter(prefix="/structures", tags=["structures"], dependencies=[Depends(require("read"))])
 StructureId = Annotated[str, Path(max_length=64, pattern=r"^[0-9a-z]+$")]
 Count = Annotated[int | None, Query(ge=0, lt=2**63)]
-Bounds = Annotated[list[Annotated[float, Query(gt=0, le=1e6)]], Query(max_length=8)]
+Bound = Annotated[float, Field(gt=0, le=1e6)]
 ImageSize = Annotated[int | None, Query(ge=8, le=512)]
 Width = Annotated[float | None, Query(ge=0.05, le=4)]
 Dataset = Annotated[Name, Query()]
@@ -118,7 +118,7 @@ def best(
     max_flops: Count = None,
     max_parameters: Count = None,
     device: Annotated[list[Name] | None, Query(max_length=8)] = None,
-    max_latency_ms: Bounds | None = None,
+    max_latency_ms: Annotated[list[Bound] | None, Query(max_length=8)] = None,
     image_size: ImageSize = None,
     width: Width = None,
     accuracy: Literal["proxy", "test"] = "proxy",

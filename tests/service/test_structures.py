@@ -1,0 +1,241 @@
+"""The best under a budget and the fronts are those of a full scan, found without one."""
+
+import hashlib
+import random
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import event, insert, text
+
+from latency_profiler.spaces.registry import get_space
+from service.settings import get_settings
+from service.specs import JobRequest
+from service.store import candidates, datasets, devices, jobs, results, structures
+from service.store.blobs import blob_path, register
+from service.store.candidates import Judged, record_generation
+from service.store.models import Candidate, Role, Structure, StructureLatency
+from service.store.session import get_engine, snapshot, transaction
+from service.store.structures import Budget, Hit, Point
+
+SPACES = [get_space("resnet20", size, 1.0, 10, True) for size in (8, 16)]
+KEYS = [space.key for space in SPACES]
+BENCH = {"space": "resnet20", "dataset": "digits"}
+
+
+def fill(rows: int, seed: int = 0) -> tuple[str, list[dict[str, Any]]]:
+    """Random candidates of four jobs in two spaces, many of them equal; returns the dataset's id."""
+    draw = random.Random(seed)
+    with transaction() as session:
+        device, _ = devices.register(session, "bench")
+        dataset = datasets.find(session, "digits") or datasets.add(
+            session, "digits", "digits", None, classes=10, image_size=8, train_images=9, test_images=9
+        )
+        request = JobRequest(space="resnet20", dataset="digits", constraints=[{"metric": "flops", "max": 10**9}])
+        made = [
+            jobs.submit(session, request, space_key=KEYS[i % 2], dataset_id=dataset.id, created_by=None).id
+            for i in range(4)
+        ]
+        kinds = [
+            {
+                "id": f"{i % 2}{i:031x}",
+                "space_key": KEYS[i % 2],
+                "flops": draw.randrange(1000),
+                "parameters": draw.randrange(1000),
+            }
+            for i in range(rows // 2)
+        ]
+        spaces = [candidates.space_arguments(space) for space in SPACES]
+        session.execute(
+            insert(Structure), [kind | {"space": spaces[i % 2], "channels": [1]} for i, kind in enumerate(kinds)]
+        )
+        latencies = [
+            {
+                "structure_id": kind["id"],
+                "device_id": device.id,
+                "table_id": "t",
+                "seconds": draw.randrange(1, 1000) / 1000,
+            }
+            for kind in kinds[: rows // 3]
+        ]
+        session.execute(insert(StructureLatency), latencies)
+        seconds = {row["structure_id"]: row["seconds"] for row in latencies}
+        found = []
+        for n in range(rows):
+            i = draw.randrange(len(kinds))
+            found.append(
+                {
+                    "id": n + 1, "job_id": made[i % 2 + 2 * draw.randrange(2)], "structure_id": kinds[i]["id"],
+                    "space_key": KEYS[i % 2], "dataset_id": dataset.id, "generation": 0, "position": n, "encoding": [],
+                    "encoding_key": str(n), "flops": kinds[i]["flops"], "parameters": kinds[i]["parameters"],
+                    "latencies": {}, "proxy_accuracy": draw.randrange(40) / 40, "proxy_loss": 1.0, "birth": "random",
+                    "parents": [],
+                }
+            )  # fmt: skip
+        session.execute(insert(Candidate), found)
+    return dataset.id, [row | {"seconds": seconds.get(row["structure_id"])} for row in found]
+
+
+def scan(rows: list[dict[str, Any]], keys: list[str], budget: Budget, limit: int) -> list[Hit]:
+    """The same answer by looking at every row."""
+    allowed = [
+        Hit(row["proxy_accuracy"], row["flops"], row["id"], row["structure_id"])
+        for row in rows
+        if row["space_key"] in keys
+        and (budget.flops is None or row["flops"] <= budget.flops)
+        and (budget.parameters is None or row["parameters"] <= budget.parameters)
+        and all(row["seconds"] is not None and row["seconds"] <= most for most in budget.latencies.values())
+    ]
+    allowed.sort(key=lambda hit: (-hit.accuracy, hit.flops, hit.found))
+    best: dict[str, Hit] = {}
+    for hit in allowed:
+        best.setdefault(hit.structure_id, hit)
+    return list(best.values())[:limit]
+
+
+def test_best_is_that_of_a_full_scan(database: str) -> None:
+    dataset_id, rows = fill(3000)
+    draw = random.Random(1)
+    with snapshot() as session:
+        device_id = structures.device_ids(session, ["bench"])["bench"]
+        for _ in range(40):
+            keys = draw.choice([KEYS, KEYS[:1], []])
+            budget = Budget(
+                draw.choice([None, 0, 5, 50, 500]), draw.choice([None, 20, 500]),
+                draw.choice([{}, {device_id: 0.02}, {device_id: 0.5}]),
+            )  # fmt: skip
+            limit = draw.choice([1, 10, 200])
+            found = structures.best_candidates(session, keys, dataset_id, budget, limit)
+            assert found == scan(rows, keys, budget, limit), (keys, budget, limit)
+
+
+@pytest.mark.parametrize("cost", ["flops", "parameters", "seconds"])
+def test_fronts_are_those_of_a_full_scan(database: str, cost: str) -> None:
+    dataset_id, rows = fill(2000)
+    priced = sorted((row for row in rows if row[cost] is not None), key=lambda row: (row[cost], -row["proxy_accuracy"]))
+    expected: list[tuple[float, float]] = []
+    for row in priced:
+        if not expected or row["proxy_accuracy"] > expected[-1][0]:
+            expected.append((row["proxy_accuracy"], row[cost]))
+    with snapshot() as session:
+        device_id = structures.device_ids(session, ["bench"])["bench"]
+        kind: Any = None if cost == "seconds" else cost
+        points = structures.front(session, KEYS, dataset_id, kind, device_id)
+    assert [(point.accuracy, point.cost) for point in points] == expected
+    assert all(isinstance(point, Point) for point in points)
+
+
+def test_neither_reads_the_table_of_candidates(database: str) -> None:
+    dataset_id, _ = fill(5000)
+    statements: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        statements.append((statement, parameters))
+
+    event.listen(get_engine(), "before_cursor_execute", note)
+    with snapshot() as session:
+        structures.best_candidates(session, KEYS, dataset_id, Budget(flops=500), 10)
+        structures.front(session, KEYS, dataset_id, "flops", None)
+    event.remove(get_engine(), "before_cursor_execute", note)
+    with get_engine().begin() as connection:
+        connection.execute(text("ANALYZE"))
+        explain = "EXPLAIN QUERY PLAN " if database.startswith("sqlite") else "EXPLAIN "
+        queries = [one for one in statements if "FROM candidates" in one[0].replace("\n", " ")]
+        assert len(queries) > 4
+        for statement, parameters in queries:
+            plan = "\n".join(str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters))
+            assert "SCAN candidates" not in plan, plan
+            assert "Seq Scan" not in plan, plan
+            assert "ix_candidates" in plan, plan
+
+
+def search(client: TestClient) -> tuple[dict[str, Any], list[Judged]]:
+    """One job with a generation of candidates."""
+    job = client.post(
+        "/v1/jobs",
+        json={
+            "space": "resnet20", "image_size": 8, "dataset": "digits", "effort": "smoke",
+            "constraints": [{"metric": "flops", "max": 10**7}],
+        },
+    ).json()  # fmt: skip
+    space = SPACES[0]
+    judged = [
+        Judged((i,) * len(space.genes), "random", (), 1000 + i, 50 - i, {"bench": 0.001 * (i + 1)}, i / 10, 1.0)
+        for i in range(10)
+    ]
+    with transaction() as session:
+        device, _ = devices.register(session, "bench")
+        row = jobs.get(session, job["id"])
+        record_generation(session, row, space, 2, judged, {"bench": (device.id, "table")})
+    return job, judged
+
+
+def test_best_over_http(client: TestClient) -> None:
+    job, judged = search(client)
+    query: dict[str, Any] = {**BENCH, "device": ["bench"], "max_latency_ms": [5.0], "limit": 2}
+    items = client.get("/v1/structures/best", params=query).json()["items"]
+    expected = [list(SPACES[0].channels(judged[i].encoding)) for i in (4, 3)]
+    assert [item["channels"] for item in items] == expected
+    assert [list(SPACES[0].channels(item["encoding"])) for item in items] == expected
+    assert items[0]["predicted_ms"] == {"bench": pytest.approx(5.0)}
+    assert (items[0]["job_id"], items[0]["generation"], items[0]["test_accuracy"]) == (job["id"], 2, None)
+    for more, count in (
+        ({"space": job["space_key"]}, 10), ({"image_size": 8}, 10), ({"image_size": 16}, 0), ({"width": 1.0}, 10),
+        ({"width": 0.5}, 0), ({"max_flops": 1003}, 4), ({"max_parameters": 41}, 1), ({"accuracy": "test"}, 0),
+    ):  # fmt: skip
+        found = client.get("/v1/structures/best", params={**BENCH, "limit": 50, **more}).json()["items"]
+        assert len(found) == count, more
+    assert client.get("/v1/structures/best", params={**BENCH, "device": ["bench"]}).status_code == 422
+    assert client.get("/v1/structures/best", params={**BENCH, "space": "nothing"}).status_code == 404
+    assert client.get("/v1/structures/best", params={**BENCH, "dataset": "nothing"}).status_code == 404
+    unknown = {**BENCH, "device": ["nothing"], "max_latency_ms": [1]}
+    assert "bench" in client.get("/v1/structures/best", params=unknown).json()["detail"]
+
+
+def test_fronts_over_http(client: TestClient) -> None:
+    search(client)
+    front = client.get("/v1/structures/pareto", params={**BENCH, "device": "bench"}).json()
+    assert (front["metric"], front["device"]) == ("latency", "bench")
+    assert [item["proxy_accuracy"] for item in front["items"]] == [i / 10 for i in range(10)]
+    front = client.get("/v1/structures/pareto", params={**BENCH, "metric": "parameters"}).json()
+    assert [item["proxy_accuracy"] for item in front["items"]] == [0.9]
+    both = client.get("/v1/structures/pareto", params={**BENCH, "metric": "flops", "device": "bench"})
+    assert both.status_code == 422
+
+
+def test_a_trained_structure_and_its_files(client: TestClient) -> None:
+    job, judged = search(client)
+    content = b"weights of the network"
+    sha256 = hashlib.sha256(content).hexdigest()
+    path = blob_path(sha256)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert path.is_relative_to(get_settings().blobs)
+    space = SPACES[0]
+    with transaction() as session:
+        register(session, sha256)
+        results.record(
+            session, jobs.get(session, job["id"]), space, space.channels(judged[2].encoding), Role.WINNER,
+            proxy_accuracy=0.2, test_accuracy=0.75, test_loss=1.0, settings={}, weights=sha256,
+            measured={"bench": 0.002},
+        )  # fmt: skip
+    [item] = client.get("/v1/structures/best", params={**BENCH, "accuracy": "test"}).json()["items"]
+    assert (item["test_accuracy"], item["role"], item["measured_ms"]) == (0.75, "winner", {"bench": 2.0})
+    structure = client.get(f"/v1/structures/{item['structure_id']}").json()
+    assert structure["sightings"] == [
+        {"job_id": job["id"], "dataset": "digits", "generation": 2, "proxy_accuracy": 0.2}
+    ]
+    assert structure["results"][0]["artifacts"] == ["weights.safetensors"]
+    assert set(structure["artifacts"]) == {"structure.json", "weights.safetensors"}
+    where = structure["artifacts"]["weights.safetensors"]
+    answer = client.get(where)
+    assert answer.content == content
+    assert hashlib.sha256(answer.content).hexdigest() in answer.headers["ETag"]
+    assert client.get(where, headers={"If-None-Match": answer.headers["ETag"]}).status_code == 304
+    assert client.get(where, params={"job": "0"}).status_code == 404
+    assert client.get(where.replace("weights.safetensors", "model.onnx")).status_code == 404
+    described = client.get(structure["artifacts"]["structure.json"]).json()
+    assert described["channels"] == list(space.channels(judged[2].encoding))
+    assert client.get("/v1/structures/0").status_code == 404
+    path.unlink()
+    assert client.get(where).status_code == 404
