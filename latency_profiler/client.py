@@ -22,6 +22,7 @@ Latencies = Mapping[str, float]
 """Device → most milliseconds."""
 TERMINAL = frozenset({"succeeded", "failed", "cancelled", "unverified"})
 """States that a job does not leave."""
+LARGEST_PAGE = 200
 SILENCE = 60.0
 """Seconds without a byte after which a stream of events counts as broken (the service sends comments in between)."""
 
@@ -126,9 +127,13 @@ class Client:
 
     # Datasets
 
-    def datasets(self) -> Json:
-        """What can be trained on."""
-        return self._wire.json("GET", "/v1/datasets")
+    def datasets(self, limit: int = 200, cursor: str | None = None) -> Json:
+        """One page of what can be trained on."""
+        return self._wire.json("GET", "/v1/datasets", params=given({"limit": limit, "cursor": cursor}))
+
+    def dataset(self, name: str) -> Json:
+        """One dataset."""
+        return self._wire.json("GET", path("datasets", name))
 
     def add_dataset(self, request: Json) -> Json:
         """Register images below the service's data root."""
@@ -141,9 +146,12 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._wire.json("POST", "/v1/jobs", json=job, headers=headers)
 
-    def jobs(self, limit: int = 50, cursor: str | None = None, state: str | None = None) -> Json:
-        """One page of jobs, the newest first; `next` is the cursor of the following page."""
-        return self._wire.json("GET", "/v1/jobs", params=given({"limit": limit, "cursor": cursor, "state": state}))
+    def jobs(self, limit: int = 50, cursor: str | None = None, **options: Any) -> Json:
+        """One page of jobs, the newest first, and `next`, the cursor of the following page.
+
+        `options` are `state`, `space` and `dataset`.
+        """
+        return self._wire.json("GET", "/v1/jobs", params=given({"limit": limit, "cursor": cursor, **options}))
 
     def job(self, job_id: str) -> Json:
         """One job."""
@@ -153,10 +161,18 @@ class Client:
         """Ask a job to stop."""
         return self._wire.json("POST", path("jobs", job_id, "cancel"))
 
-    def candidates(self, job_id: str, limit: int = 100, cursor: str | None = None, sort: str | None = None) -> Json:
-        """One page of a job's candidates."""
-        query = given({"limit": limit, "cursor": cursor, "sort": sort})
+    def candidates(self, job_id: str, limit: int = 100, cursor: str | None = None, **options: Any) -> Json:
+        """One page of a job's candidates; `options` are `sort` and `order`."""
+        query = given({"limit": limit, "cursor": cursor, **options})
         return self._wire.json("GET", path("jobs", job_id, "candidates"), params=query)
+
+    def all_candidates(self, job_id: str, **options: Any) -> Iterator[Json]:
+        """Every candidate of a job, page after page."""
+        cursor: str | None = None
+        while page := self.candidates(job_id, LARGEST_PAGE, cursor, **options):
+            yield from page["items"]
+            if not (cursor := page["next"]):
+                return
 
     def events(self, job_id: str, last_event_id: str | None = None, attempts: int = 10) -> Iterator[Json]:
         """What happens in a job as `{"id", "event", "data"}`, until it ends; goes on where a connection broke.
@@ -189,10 +205,10 @@ class Client:
     # Results
 
     def best(
-        self, space: str | None = None, dataset: str | None = None, *, max_flops: int | None = None,
+        self, space: str, dataset: str, *, max_flops: int | None = None,
         max_parameters: int | None = None, max_latency_ms: Latencies | None = None, limit: int = 10, **options: Any,
     ) -> Json:  # fmt: skip
-        """Best structures within bounds, across all jobs; `options` are further fields of the query."""
+        """Best structures within bounds, across all jobs; `options` are `image_size`, `width` and `accuracy`."""
         query: Json = {"space": space, "dataset": dataset, "max_flops": max_flops, "max_parameters": max_parameters}
         pairs = (max_latency_ms or {}).items()
         bounds = {"device": [device for device, _ in pairs], "max_latency_ms": [most for _, most in pairs]}
@@ -201,7 +217,7 @@ class Client:
         )
 
     def pareto(self, space: str, dataset: str, device: str | None = None, **options: Any) -> Json:
-        """The front of accuracy against latency on a device, or against FLOPs."""
+        """The front of accuracy against latency on a device, or against FLOPs; `options` as of `best`, and `metric`."""
         query = {"space": space, "dataset": dataset, "device": device, **options}
         return self._wire.json("GET", "/v1/structures/pareto", params=given(query))
 
@@ -209,9 +225,10 @@ class Client:
         """One structure."""
         return self._wire.json("GET", path("structures", structure_id))
 
-    def download(self, structure_id: str, artifact: str, target: Path) -> Path:
-        """Save an artifact, e.g. `model.onnx`; the file appears when it is complete."""
-        response = self._wire.send("GET", path("structures", structure_id, "artifacts", artifact))
+    def download(self, structure_id: str, artifact: str, target: Path, job_id: str | None = None) -> Path:
+        """Save an artifact, e.g. `model.onnx` (as a job trained it); the file appears when it is complete."""
+        where = path("structures", structure_id, "artifacts", artifact)
+        response = self._wire.send("GET", where, params=given({"job": job_id}))
         save(target, response.content)
         return target
 

@@ -22,6 +22,7 @@ Json = dict[str, Any]
 GROUP_SIZE = 8
 GROUP_PARAMETERS = 1 << 24
 """Weights that are loaded at the same time: 64 MiB, unless one layer alone has more."""
+LONGEST_REASON = 1000
 LEAST_SECONDS = 1e-9
 """What a layer counts that is not slower than the empty run: too little to be seen, but not nothing."""
 
@@ -82,11 +83,11 @@ def _nodes(payload: Json) -> list[Node]:
 def _result(item: Json, series: Series | Exception, empty: Series) -> Json:
     result = {name: item[name] for name in ("work_id", "kind", "key")}
     if isinstance(series, Exception):
-        return result | {"error": f"{type(series).__name__}: {series}"}
+        return result | {"error": _said(f"{type(series).__name__}: {series}")}
     try:
         timing, nothing = series.timing(), empty.timing()
     except MeasurementFailed as error:
-        return result | {"error": str(error)}
+        return result | {"error": _said(str(error))}
     return result | _figures(timing, nothing.median, nothing.median if item["kind"] == "layer" else 0.0)
 
 
@@ -100,6 +101,11 @@ def _figures(timing: Timing, empty_run: float, fixed: float) -> Json:
         "values": list(facts.pop("values")),
         "conditions": {**conditions(), **facts, "empty_run": empty_run},
     }
+
+
+def _said(reason: str) -> str:
+    """A reason as the service takes it: whatever a native library has put into its message."""
+    return reason.encode("ascii", "backslashreplace").decode().replace("\0", " ")[:LONGEST_REASON]
 
 
 def _groups(items: Sequence[Json]) -> Iterator[list[Json]]:
