@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from latency_profiler.errors import MeasurementFailed
@@ -85,8 +85,7 @@ def request_profile(
     profile = session.scalars(
         select(Profile).filter_by(device_id=device.id, space_key=space.key, mode=mode, points=points)
     ).one()
-    if device.table_id is not None and profile.planned_table_id != device.table_id:
-        work.plan_profile(session, profile, device.table_id)
+    _plan_for(session, device, [profile])
     return profile
 
 
@@ -195,15 +194,15 @@ def request_networks(
 ) -> list[str]:
     """Ask for whole networks (space, channels, purpose) to be measured for the device's current table.
 
-    Asking again changes nothing, so a job asks whenever it looks: the table may be another one by then. Without a
-    table nothing is planned yet.
+    Asking again changes nothing, so a job asks whenever it looks: the table may be another one by then. Nothing is
+    planned until an agent has come.
 
     Returns:
         Their keys, for `network_seconds`.
     """
     networks = [work.network_item(space, channels, purpose) for space, channels, purpose in items]
-    if device.table_id is not None:
-        work.add(session, device.table_id, networks, priority)
+    if (table_id := _measured_table(session, device)) is not None:
+        work.add(session, table_id, networks, priority)
     return [network.key for network in networks]
 
 
@@ -237,9 +236,6 @@ def import_table(session: Session, device: Device, table: LatencyTable) -> tuple
         session.execute(insert(Measurement), [_imported(row, entry) for entry in new])
     for key, fit in table.fits.items():
         session.merge(TableFit(table_id=table_id, space_key=key, **asdict(fit)))
-    keys = select(Measurement.key).where(Measurement.table_id == table_id)
-    done = update(Work).where(Work.table_id == table_id, Work.key.in_(keys)).values(state=WorkState.DONE)
-    session.execute(done, execution_options={"synchronize_session": False})
     if device.table_id is None:
         switch(session, device, table_id)
     return len(new), device.table_id == table_id
@@ -271,9 +267,20 @@ def switch(session: Session, device: Device, table_id: str) -> bool:
 
 def plan(session: Session, device: Device) -> None:
     """Plan the profiles that the current table has no work for yet."""
-    for profile in profiles(session, device):
-        if device.table_id is not None and profile.planned_table_id != device.table_id:
-            work.plan_profile(session, profile, device.table_id)
+    _plan_for(session, device, profiles(session, device))
+
+
+def _plan_for(session: Session, device: Device, wanted: Sequence[Profile]) -> None:
+    table_id = _measured_table(session, device)
+    for profile in wanted:
+        if table_id is not None and profile.planned_table_id != table_id:
+            work.plan_profile(session, profile, table_id)
+
+
+def _measured_table(session: Session, device: Device) -> str | None:
+    """Id of the current table if an agent fills it: nobody can add to an imported one."""
+    fingerprint = current_fingerprint(session, device)
+    return None if fingerprint is None or fingerprint.facts.get("imported") is True else device.table_id
 
 
 def wake(session: Session) -> bool:

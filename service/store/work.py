@@ -132,10 +132,10 @@ def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[
     return lease_id, works
 
 
-def open_keys(session: Session, table_id: str, kind: WorkKind) -> set[str]:
-    """Keys of the layers or networks of a table that wait or are leased."""
-    query = select(Work.key).where(Work.table_id == table_id, Work.kind == kind, Work.state.in_(OPEN))
-    return set(session.scalars(query))
+def open_keys(session: Session, table_id: str, kind: WorkKind | None = None) -> set[str]:
+    """Keys of the layers, the networks or both of a table that wait or are leased."""
+    query = select(Work.key).where(Work.table_id == table_id, Work.state.in_(OPEN))
+    return set(session.scalars(query if kind is None else query.where(Work.kind == kind)))
 
 
 def retry_failed(session: Session, profile: Profile) -> None:
