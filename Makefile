@@ -35,7 +35,13 @@ check: .venv/.dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m service.admin check
+	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && unset SECATEURS_DATABASE_URL && \
+	export SECATEURS_HOME="$$home" && \
+	$(BIN)/python -m service.admin migrate && $(BIN)/python -m service.admin check && \
+	$(BIN)/python -m service.app | diff service/openapi.json - || { echo 'run: make openapi'; exit 1; }
+
+openapi: .venv/.dev
+	$(BIN)/python -m service.app > service/openapi.json.new && mv service/openapi.json.new service/openapi.json
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix $(SOURCES)

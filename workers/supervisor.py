@@ -51,7 +51,7 @@ def supervise_next(worker: str, stopping: Callable[[], bool]) -> bool:
 
 def _started(claim: Claim) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "workers.runner", claim.job_id, claim.owner, str(claim.fence), str(os.getpid())]
-    # OpenMP's threads spin while they wait for each other; beside other work on the same cores that costs a factor of ten.
+    # OpenMP's threads spin while they wait for each other; beside other work on the same cores that costs 14 times.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, env=env
