@@ -95,7 +95,8 @@ def agent_version() -> str:
 
 def conditions() -> dict[str, Any]:
     """How the machine is now; what it does not tell is left out."""
-    now: dict[str, Any] = {"at": round(time.time(), 3), "agent": agent_version(), "source": "measured"}
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now: dict[str, Any] = {"at": at, "agent": agent_version(), "source": "measured"}
     now["load"] = round(psutil.getloadavg()[0], 2)
     if frequency := _frequency():
         now["frequency_mhz"] = frequency

@@ -53,7 +53,8 @@ class Stopwatch:
 class Effort:
     """How much is spent on one subject.
 
-    A value lasts about `value` seconds. Values are taken until they are steady, but at least `least` and at most
+    A value lasts about `value` seconds: long for the clock, and short beside the turns of a few milliseconds that an
+    operating system gives to processes, so that on a busy machine most values are still undisturbed. Values are taken until they are steady, but at least `least` and at most
     `most` of them, and none beyond `least` once `cap` seconds were spent.
     """
 
@@ -65,7 +66,7 @@ class Effort:
 
 
 LAYER = Effort()
-NETWORK = Effort(value=5e-3, least=11, most=31, cap=5.0, steady_share=0.01)
+NETWORK = Effort(least=15, most=51, cap=5.0, steady_share=0.01)
 
 
 @dataclass(frozen=True, slots=True)
