@@ -133,7 +133,7 @@ def widths(slot: Slot, channels: Ints) -> Ints:
 
 
 def _coefficients(layer: Layer, count: Callable[[Layer], int]) -> tuple[int, int]:
-    """a and b of `count` = a * c_in * c_out + b * c_out."""
+    """A and b of `count` = a * c_in * c_out + b * c_out."""
     one = count(replace(layer, c_in=1, c_out=1))
     a = count(replace(layer, c_in=2, c_out=1)) - one
     return a, one - a

@@ -75,7 +75,8 @@ class Budget:
         """The largest share (n,) of an upper bound that encodings (n, g) use."""
         costs = self.costs(encodings)
         shares = [_values(costs, constraint) / constraint.maximum for constraint in self.constraints]
-        return np.max(np.array(shares), axis=0)
+        tightest: Floats = np.max(np.array(shares), axis=0)
+        return tightest
 
     def feasible(self, encodings: Genes) -> npt.NDArray[np.bool_]:
         """Which of encodings (n, g) satisfy every bound and use enough of the budget."""

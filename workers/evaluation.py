@@ -5,6 +5,7 @@ mean over batches (an exponential average of k batches would keep 0.9^k of what 
 the same images in the same order.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from workers.evolution import Score
 from workers.networks import PlainNetwork
 from workers.pruning_net import PruningNet
 
+DIVERGED = 1e9
+"""Loss of a network that gives no finite one: worse than any other, and still a number."""
 BATCH = 250
 """Larger batches leave the processor's caches."""
 
@@ -64,7 +67,7 @@ def evaluate(network: nn.Module, batches: Batches, device: torch.device, batch_s
         logits = network(images).float()
         right += int((logits.argmax(1) == labels).sum())
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-    return Score(right / len(batches), loss / len(batches))
+    return Score(right / len(batches), loss / len(batches) if math.isfinite(loss) else DIVERGED)
 
 
 def test(network: PlainNetwork, data: Data, device: torch.device) -> Score:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
 from service.store import jobs
-from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, Result
+from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result
 from service.store.session import transaction
 from workers.supervisor import supervise_next
 
@@ -105,10 +105,7 @@ def test_kill_9_of_the_runner_in_every_phase_changes_nothing(submit: Callable[..
     calm = submit(seed=1)
     work(calm).join(120)
     assert read(calm).state is JobState.SUCCEEDED
-    with transaction() as session:  # the second job trains its own PruningNet
-        for result in session.scalars(select(Result).where(Result.job_id == calm)):
-            assert result.test_accuracy > 0
-        expected = fate(calm)
+    expected = fate(calm)
     forget_net()
 
     rough = submit(seed=1)
@@ -127,11 +124,7 @@ def test_kill_9_of_the_runner_in_every_phase_changes_nothing(submit: Callable[..
 
 
 def forget_net() -> None:
-    """Rename the trained nets' families, so that no later job finds them."""
-    from sqlalchemy import update
-
-    from service.store.models import PruningNet
-
+    """Let the next job train its own PruningNet."""
     with transaction() as session:
         session.execute(update(PruningNet).values(family="forgotten", key=PruningNet.key + "x"))
 
