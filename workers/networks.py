@@ -35,6 +35,19 @@ def run(nodes: Sequence[Node], images: Tensor, apply: Callable[[int, Tensor], Te
     return maps[len(nodes) - 1]
 
 
+def convolve(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution without bias; weight (c_out, c_in / groups, k, k).
+
+    A 1x1 convolution is a matrix product over channels-last pixels: oneDNN compiles a kernel for every new shape, which
+    costs milliseconds, and a PruningNet has new widths in every step.
+    """
+    if layer.op is Op.CONV and layer.kernel == 1:
+        pixels = x[:, :, :: layer.stride, :: layer.stride].permute(0, 2, 3, 1)
+        return functional.linear(pixels, weight.flatten(1)).permute(0, 3, 1, 2)
+    groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
+    return functional.conv2d(x, weight, None, layer.stride, layer.padding, 1, groups)
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation, in place: no batch norm or addition needs its own output for the backward pass."""
     match activation:
@@ -93,13 +106,19 @@ class PlainNetwork(nn.Module):
         layer, name = self.nodes[i].layer, str(i)
         match layer.op:
             case Op.CONV | Op.DEPTHWISE:
-                y: Tensor = self.norms[name](self.convs[name](x))
+                y: Tensor = self.norms[name](convolve(layer, x, self.weight(i)))
                 return y
             case Op.LINEAR:
                 z: Tensor = self.linears[name](x.flatten(1))
                 return z
             case _:
                 return pool(layer, x)
+
+    def weight(self, i: int) -> Tensor:
+        """Weight of the convolution at node i."""
+        conv = self.convs[str(i)]
+        assert isinstance(conv, nn.Conv2d)
+        return conv.weight
 
     def decayed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters with and without weight decay: dense convolutions and linear layers have it.

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from latency_profiler.layers import Op
 from latency_profiler.spaces.space import CHOICES, IMAGE, Slot, Space, Unit, scale
-from workers.networks import NORM_EPSILON, PlainNetwork, pool, run
+from workers.networks import NORM_EPSILON, PlainNetwork, convolve, pool, run
 
 NORM_MOMENTUM = 0.1
 
@@ -152,8 +152,7 @@ class PruningNet(nn.Module):
         def compute(i: int, x: Tensor) -> Tensor:
             layer, name = nodes[i].layer, str(i)
             if name in weights:
-                groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
-                x = functional.conv2d(x, weights[name], None, layer.stride, layer.padding, 1, groups)
+                x = convolve(layer, x, weights[name])
                 normed: Tensor = self.norms[name](x, option(self.space, self.space.units[i], encoding))
                 return normed
             if name in self.classifiers:
