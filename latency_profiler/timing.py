@@ -53,9 +53,10 @@ class Stopwatch:
 class Effort:
     """How much is spent on one subject.
 
-    A value lasts about `value` seconds: long for the clock, and short beside the turns of a few milliseconds that an
-    operating system gives to processes, so that on a busy machine most values are still undisturbed. Values are taken until they are steady, but at least `least` and at most
-    `most` of them, and none beyond `least` once `cap` seconds were spent.
+    A value lasts about `value` seconds: long for the clock, and short beside the turns of some milliseconds that an
+    operating system gives to processes, so that most values are undisturbed on a busy machine too. Values are taken
+    until they are steady, but at least `least` and at most `most` of them, and none beyond `least` once `cap` seconds
+    were spent.
     """
 
     value: float = 1e-3
