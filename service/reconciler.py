@@ -8,20 +8,16 @@ import logging
 import signal
 import threading
 
-from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
 
 from service import broker
 from service.settings import get_settings
-from service.store import jobs
-from service.store.models import Idempotency, now
+from service.store import idempotency, jobs
 from service.store.session import snapshot, transaction
 
 log = logging.getLogger(__name__)
 MOST_RINGS = 16
-DAY = 86_400.0
 
 
 def reconcile() -> int:
@@ -31,11 +27,6 @@ def reconcile() -> int:
     for _ in range(min(waiting, MOST_RINGS)):
         broker.ring()
     return waiting
-
-
-def sweep(session: Session) -> None:
-    """Forget answers whose repetition nobody needs any more."""
-    session.execute(delete(Idempotency).where(Idempotency.created_at < now() - DAY))
 
 
 def main() -> None:
@@ -49,7 +40,7 @@ def main() -> None:
         try:
             reconcile()
             with transaction() as session:
-                sweep(session)
+                idempotency.sweep(session)
         except (OperationalError, PoolTimeout) as error:
             log.warning("the database did not answer: %s", error)
 
