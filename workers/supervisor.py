@@ -43,7 +43,7 @@ def supervise_next(worker: str, stopping: Callable[[], bool]) -> bool:
         try:
             _watch(Watch(runner, claim, settings), stopping)
         except LeaseLost as error:
-            log.warning("%s", error)
+            log.info("%s", error)
         finally:
             _kill(runner)
     return True

@@ -19,7 +19,7 @@ from service.store import agents, blobs, devices, jobs, results
 from service.store.agents import Batch, Outcome
 from service.store.jobs import Claim
 from service.store.measurements import canonical_sha
-from service.store.models import Candidate, Dataset, Job, JobState, PruningNet, Structure, Work, WorkKind, now
+from service.store.models import Candidate, Dataset, Job, JobState, PruningNet, Structure, Work, WorkKind, new_id, now
 from service.store.session import transaction
 from workers.steps.advance import advance
 from workers.steps.context import Context
@@ -300,7 +300,7 @@ def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(world: None, monkeypatc
     short = {"search": {"generations": 2, "population": 4}}
     undisturbed = fate(run(submit(flops_bound(0.4), **short)))
     with transaction() as session:  # so that the second job trains its own PruningNet
-        session.execute(update(PruningNet).values(family="forgotten", key=PruningNet.key + "0"))
+        session.execute(update(PruningNet).values(family="forgotten", key=new_id()))
 
     job_id, phases = submit(flops_bound(0.4), **short), set()
     for life in range(100):

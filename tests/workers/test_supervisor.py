@@ -16,7 +16,7 @@ from sqlalchemy import select, update
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
 from service.store import jobs
-from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result
+from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result, new_id
 from service.store.session import transaction
 from workers.supervisor import supervise_next
 
@@ -70,7 +70,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def work(job_id: str, rounds: int = 30) -> threading.Thread:
+def work(job_id: str, rounds: int = 1000) -> threading.Thread:
     """A worker in a thread, which looks for jobs until this one has ended."""
 
     def loop() -> None:
@@ -126,7 +126,7 @@ def test_kill_9_of_the_runner_in_every_phase_changes_nothing(submit: Callable[..
 def forget_net() -> None:
     """Let the next job train its own PruningNet."""
     with transaction() as session:
-        session.execute(update(PruningNet).values(family="forgotten", key=PruningNet.key + "x"))
+        session.execute(update(PruningNet).values(family="forgotten", key=new_id()))
 
 
 def test_cancel_stops_a_running_job_within_seconds(submit: Callable[..., str]) -> None:

@@ -8,7 +8,7 @@ import json
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import flops
-from latency_profiler.errors import MissingLatencies
+from latency_profiler.errors import MeasurementFailed, MissingLatencies
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import LatencyTable
 from service.store import blobs, devices, jobs, measurements, work
@@ -63,7 +63,10 @@ def step(context: Context, job: Job) -> Outcome:
 
 def _ready(session: Session, context: Context, name: str) -> bool:
     """Whether a device's table prices the space, and its sum is calibrated (an imported table has no networks)."""
-    if measurements.layers_missing(session, name, context.space):
+    if missing := measurements.layers_missing(session, name, context.space):
+        reasons = measurements.failures(session, devices.get(session, name))
+        if failed := [key for key in missing if key in reasons]:
+            raise MeasurementFailed(f"{name} could not measure {failed[0]}: {reasons[failed[0]]}")
         return False
     table_id = devices.get(session, name).table_id
     fitted = context.space.key in measurements.load_table(session, name).fits
