@@ -105,6 +105,8 @@ def _watch(client: Any, job_id: str, as_json: bool) -> None:
 def jobs(
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Show this one only.")] = None,
     state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    space: Annotated[str | None, typer.Option(help="Only jobs on this space.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only jobs on this dataset.")] = None,
     limit: Limit = 20,
     cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
     server: Server = None,
@@ -116,7 +118,7 @@ def jobs(
         if job is not None:
             one = client.job(job)
             return tables.show_json(one) if as_json else tables.show_job(out, one)
-        page = client.jobs(limit, cursor, state)
+        page = client.jobs(limit, cursor, state=state, space=space, dataset=dataset)
     tables.show_json(page) if as_json else tables.show_jobs(out, page["items"])
     _hint(page, as_json)
 
@@ -144,7 +146,7 @@ def candidates(
 ) -> None:
     """Every structure that a job judged."""
     with connect(server, key) as client:
-        page = client.candidates(job, limit, cursor, sort)
+        page = client.candidates(job, limit, cursor, sort=sort)
     tables.show_json(page) if as_json else tables.show_structures(out, page["items"])
     _hint(page, as_json)
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
+UNBROKEN = ("job", "structure", "device", "submitted", "budget")
+"""Columns whose cells are copied into other commands, or read badly in pieces."""
 
 
 def as_json(content: Any) -> str:
@@ -27,7 +29,8 @@ def show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(_numeric(row[i]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        plain = column in UNBROKEN
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=plain, overflow="fold")
     for row in rows:
         table.add_row(*map(text, row))
     console.print(table)
@@ -117,13 +120,18 @@ def show_result(console: Console, result: Row) -> None:
     rows = [
         [
             role, count(one["flops"]), count(one["parameters"]), milliseconds(one.get("predicted_ms")),
-            milliseconds(one.get("measured_ms")), percent(one.get("proxy_accuracy")),
-            percent(one.get("test_accuracy")), one["channels"],
+            milliseconds(one.get("measured_ms")), percent(one.get("proxy_accuracy")), percent(one.get("test_accuracy")),
         ]
         for role, one in roles
     ]  # fmt: skip
-    columns = ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy", "channels"]
-    show(console, columns, rows)
+    show(console, ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy"], rows)
+    show_channels(console, roles)
+
+
+def show_channels(console: Console, roles: Sequence[tuple[str, Row]]) -> None:
+    """Channel numbers, too long for a table's cell."""
+    for role, one in roles:
+        console.print(f"{role:<8} channels {text(one['channels'])}", soft_wrap=True)
 
 
 def show_structures(console: Console, structures: Sequence[Row]) -> None:
