@@ -43,7 +43,9 @@ def convolve(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     """
     if layer.op is Op.CONV and layer.kernel == 1:
         pixels = x[:, :, :: layer.stride, :: layer.stride].permute(0, 2, 3, 1)
-        return functional.linear(pixels, weight.flatten(1)).permute(0, 3, 1, 2)
+        # Of two dimensions: with four, torch folds or batches depending on who requires gradients, with other bits.
+        out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1))
+        return out.view(*pixels.shape[:3], layer.c_out).permute(0, 3, 1, 2)
     groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
     return functional.conv2d(x, weight, None, layer.stride, layer.padding, 1, groups)
 

@@ -239,7 +239,8 @@ class Structures:
             return random.integers(0, CHOICES, (STRUCTURES, genes), dtype=np.int64)
         low, high = self._band
         smallest, largest = self._flops(np.array([self._space.smallest, self._space.largest]))
-        drawn = sample(self._flops, max(low, smallest), min(high, largest), genes, STRUCTURES, random)
+        drawn = sample(self._flops, max(low, smallest), max(smallest, min(high, largest)), genes, STRUCTURES, random)
+        drawn = drawn[self._flops(drawn) <= high]
         if not len(drawn):
             raise InfeasibleConstraint("flops", high if high < smallest else low, smallest, largest)
         return drawn

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from latency_profiler.cost import flops, parameters
+from latency_profiler.layers import Op
+from latency_profiler.spaces.registry import SPACES, get_space
+from latency_profiler.spaces.space import CHOICES
+from workers.networks import PlainNetwork, folded_weights, run
+
+
+@pytest.mark.parametrize("image_size", [32, 96])
+@pytest.mark.parametrize("name", SPACES)
+def test_analytic_costs_equal_torchs_own_counts(name: str, image_size: int) -> None:
+    space = get_space(name, image_size, 0.25, 7, True)
+    genes = np.random.default_rng(3).integers(0, CHOICES, (2, len(space.genes))).tolist()
+    for encoding in (*map(tuple, genes), space.largest):
+        channels = space.channels(encoding)
+        network = PlainNetwork(space, channels).to("meta").eval()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            assert network(torch.empty(1, 3, image_size, image_size, device="meta")).shape == (1, 7)
+        assert counter.get_total_flops() == 2 * flops(space.layers(channels))
+        assert sum(p.numel() for p in network.parameters()) == parameters(space.layers(channels))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
+def test_folded_weights_compute_what_the_network_computes(name: str) -> None:
+    space = get_space(name, 16, 0.25, 7, True)
+    network = PlainNetwork(space, space.uniform(0.5))
+    images = torch.randn(8, 3, 16, 16)
+    network(images)  # moves the statistics
+    arrays = {key: torch.from_numpy(value) for key, value in folded_weights(network.eval()).items()}
+
+    def compute(i: int, x: torch.Tensor) -> torch.Tensor:
+        node = network.nodes[i]
+        if node.layer.op in (Op.CONV, Op.DEPTHWISE):
+            groups = node.layer.c_in if node.layer.op is Op.DEPTHWISE else 1
+            weight, bias = arrays[f"{node.name}.weight"], arrays[f"{node.name}.bias"]
+            return nn.functional.conv2d(x, weight, bias, node.layer.stride, node.layer.padding, groups=groups)
+        if node.layer.op is Op.LINEAR:
+            return nn.functional.linear(x.flatten(1), arrays[f"{node.name}.weight"], arrays[f"{node.name}.bias"])
+        return nn.functional.adaptive_avg_pool2d(x, 1)
+
+    with torch.no_grad():
+        assert torch.allclose(run(network.nodes, images, compute), network(images), atol=1e-4)
+
+
+def test_initialisation_depends_on_the_seed_alone_and_leaves_the_global_generator() -> None:
+    space = get_space("mobilenet_v1", 8, 0.25, 7)
+    state = torch.get_rng_state()
+    one, same, other = (PlainNetwork(space, space.uniform(1.0), seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["convs.0.weight"], other["convs.0.weight"])
+    weight = one["convs.0.weight"]
+    assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.2)
+
+
+def test_depthwise_and_norms_are_not_decayed() -> None:
+    space = get_space("mobilenet_v1", 8, 0.25, 7)
+    network = PlainNetwork(space, space.uniform(1.0))
+    decayed, others = network.decayed()
+    assert sum(p.numel() for p in others) == sum(
+        layer.c_out * (9 if layer.op is Op.DEPTHWISE else 0) + 2 * layer.c_out
+        for layer in space.layers(space.uniform(1.0)) if layer.norm
+    )  # fmt: skip
+    assert sum(p.numel() for p in (*decayed, *others)) == parameters(space.layers(space.uniform(1.0)))

@@ -1,0 +1,109 @@
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from latency_profiler.cost import flops
+from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.spaces.registry import get_space
+from workers import checkpoints
+from workers.datasets import Data
+from workers.evaluation import evaluate
+from workers.pruning_net import PruningNet
+from workers.sgd import CroppedSGD, Rule
+from workers.training import PruningNetTrainer, ScratchTrainer, Structures, Trainer, TrainingSettings
+
+SPACE = get_space("mobilenet_v1", 8, 0.125, 4, True)
+SETTINGS = TrainingSettings(epochs=3, batch_size=32, learning_rate=0.05)
+CPU = torch.device("cpu")
+LOW, HIGH = 15_000.0, 20_000.0
+Make = Callable[[Data], Trainer]
+
+
+def scratch(data: Data) -> Trainer:
+    return ScratchTrainer(SPACE, SPACE.uniform(0.5), data, SETTINGS, 7, CPU)
+
+
+def pruning(data: Data) -> Trainer:
+    return PruningNetTrainer(SPACE, data, SETTINGS, 7, (LOW, HIGH), CPU)
+
+
+def after(steps: int) -> Callable[[], bool]:
+    counter = itertools.count(1)
+    return lambda: next(counter) >= steps
+
+
+@pytest.mark.parametrize("make", [scratch, pruning])
+def test_interrupted_training_is_bit_equal_to_uninterrupted(make: Make, data: Data, tmp_path) -> None:
+    whole = make(data)
+    whole.advance(lambda: False)
+    assert whole.done == whole.total == 3 * whole.steps
+    trainer = make(data)
+    for steps in (1, 3, 2, 100):  # in the first step, at an epoch's end, within an epoch, to the end
+        trainer.advance(after(steps))
+        sha256 = checkpoints.save(tmp_path, trainer.state())
+        tensors, counters = checkpoints.load(checkpoints.path_of(tmp_path, sha256), sha256), trainer.counters()
+        trainer = make(data)
+        trainer.restore(tensors, counters)
+    assert trainer.counters() == whole.counters()
+    ours = trainer.state()
+    assert all(torch.equal(value, ours[key]) for key, value in whole.state().items())
+
+
+def test_a_state_of_something_else_is_refused(data: Data) -> None:
+    trainer = scratch(data)
+    with pytest.raises(ValueError, match="not a state"):
+        trainer.restore(pruning(data).state(), trainer.counters())
+
+
+def test_a_network_learns_and_reports(data: Data) -> None:
+    settings = TrainingSettings(epochs=15, batch_size=32, learning_rate=0.1)
+    trainer = ScratchTrainer(SPACE, SPACE.uniform(1.0), data, settings, 0, CPU)
+    trainer.advance(lambda: False)
+    assert trainer.latest()["accuracy"] > 0.6
+    assert evaluate(trainer.network, data.test, CPU).accuracy > 0.6
+    assert [one["rate"] for one in trainer.history] == pytest.approx([0.1 * (1 - e / 15) for e in range(15)])
+
+
+def test_cropped_sgd_equals_plain_sgd() -> None:
+    """Against torch.optim.SGD on whole parameters with gradients that are zero outside random leading blocks."""
+    torch.manual_seed(0)
+    net = PruningNet(get_space("resnet20", 8, 0.5, 4, True))
+    whole = net.generators["4"]
+    ours = CroppedSGD(whole.crop(*whole.bias.shape[:2]))
+    weight = torch.nn.Parameter(whole.weight.detach().clone())
+    reference = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for rate in (0.1, 0.05):
+        rule, steps = Rule(rate, 0.9, 1e-2), 12
+        powers = rule.powers(steps)
+        reference.param_groups[0]["lr"] = rate
+        for step in range(steps):
+            c_out, c_in = torch.randint(1, 8, (2,)).tolist()
+            crop = ours.current(whole.crop(c_out, c_in), step, powers)
+            assert torch.allclose(crop.weight, weight[:c_out, :c_in], atol=1e-6)
+            gradient = torch.randn_like(crop.weight)
+            crop.weight.grad, crop.bias.grad = gradient, torch.zeros_like(crop.bias)
+            ours.step(crop, step, powers, rate)
+            weight.grad = torch.zeros_like(weight)
+            weight.grad[:c_out, :c_in] = gradient
+            reference.step()
+        ours.catch_up(steps, powers)
+        assert torch.allclose(whole.weight, weight, atol=1e-5)
+        assert torch.allclose(ours.momentum.weight, reference.state[weight]["momentum_buffer"], atol=1e-5)
+
+
+def test_sampled_structures_lie_in_the_band_and_differ() -> None:
+    structures = Structures(SPACE, (LOW, HIGH), 0)
+    drawn = [structures.at(i) for i in range(300)]
+    costs = [flops(SPACE.layers(SPACE.channels(encoding))) for encoding in drawn]
+    assert min(costs) >= LOW
+    assert max(costs) <= HIGH
+    assert max(costs) - min(costs) > 0.8 * (HIGH - LOW)
+    assert len(set(drawn)) > 250
+    assert Structures(SPACE, (LOW, HIGH), 0).at(299) == drawn[299]
+
+
+def test_a_band_that_the_space_does_not_reach_is_an_error(data: Data) -> None:
+    with pytest.raises(InfeasibleConstraint, match="flops"):
+        PruningNetTrainer(SPACE, data, SETTINGS, 0, (1.0, 2.0), CPU)
