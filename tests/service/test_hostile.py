@@ -42,7 +42,7 @@ GOOD_COUNTS = {"max": 10**9, "min": 0, "image_size": 32}
 GENES = len(get_space("resnet20", free_last=True).genes)
 OWN: dict[str, Schema] = {
     "/v1/spaces/{space}/price": {"encoding": [3] * GENES, "channels": None, "devices": []},
-    "/v1/devices/{device}/profiles": {"mode": "sampled", "points": 2},
+    "/v1/devices/{device}/profiles": {"mode": "sampled", "points": 4},
     "/v1/devices/{device}/leases": {"fingerprint": {"cpu": "fast"}},
     "/v1/devices/{device}/measurements": {"fingerprint": "0" * 64},
     "/v1/jobs": {"measure_on": [], "training": {"band": [0.5, 1.5]}, "search": {"recalibration_images": 100}},
