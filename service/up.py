@@ -157,7 +157,8 @@ class Up:
 
     def _start_agent(self, client: Client, env: Mapping[str, str]) -> None:
         """The token travels in the environment: every user of a machine can read its command lines."""
-        argv = ["latency_profiler.agent", "--server", self.url, "--device", THIS_MACHINE]
+        argv = ["latency_profiler.agent", "--server", self.url, "--device", THIS_MACHINE,
+                "--spool", str(self.home / "spool")]  # fmt: skip
         self._spawn("agent", [sys.executable, "-m", *argv], {**env, "SECATEURS_TOKEN": self._token(client)})
 
     def _services(self) -> list[list[str]]:

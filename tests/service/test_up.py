@@ -13,12 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 
 from latency_profiler.client import Client
 from latency_profiler.errors import ServiceError
 from service.children import Child
 from service.up import SOCKET_PATH, Up, UpError, find_broker, locked
 
+REDIS = os.environ.get("SECATEURS_TEST_REDIS", "redis://127.0.0.1:6379/9")
 CHILDREN = {"broker", "api", "reconciler", "worker"}
 
 
@@ -40,9 +42,9 @@ def eventually(condition: Callable[[], bool], seconds: float) -> bool:
 class Service:
     """One `secateurs up` in a home of its own."""
 
-    def __init__(self, home: Path, *options: str) -> None:
+    def __init__(self, home: Path, *options: str, **settings: str) -> None:
         self.home, self.port = home, free_port()
-        env = {name: value for name, value in os.environ.items() if not name.startswith("SECATEURS_")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SECATEURS_")} | settings
         self.output = home.parent / f"{self.port}.out"
         with self.output.open("ab") as out:
             self.process = subprocess.Popen(
@@ -80,16 +82,17 @@ class Service:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
+def place(tmp_path: Path) -> Path:
+    """The home folder of the services of a test."""
+    return tmp_path / "place"
 
 
 @pytest.fixture
-def start(home: Path) -> Iterator[Callable[..., Service]]:
+def start(place: Path) -> Iterator[Callable[..., Service]]:
     services: list[Service] = []
 
-    def begin(*options: str, at: Path = home) -> Service:
-        services.append(Service(at, *options))
+    def begin(*options: str, **env: str) -> Service:
+        services.append(Service(place, *options, **env))
         return services[-1]
 
     yield begin
@@ -101,11 +104,11 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-def test_starts_refuses_a_second_one_and_ends_on_ctrl_c(start: Callable[..., Service], home: Path) -> None:
+def test_starts_refuses_a_second_one_and_ends_on_ctrl_c(start: Callable[..., Service], place: Path) -> None:
     first = start("--no-agent")
     first.ready()
     assert first.ask(Client.ready)["status"] == "ready"
-    assert (home / "client.json").stat().st_mode & 0o777 == 0o600
+    assert (place / "client.json").stat().st_mode & 0o777 == 0o600
 
     second = start("--no-agent")
     assert second.process.wait(20) == 1
@@ -123,10 +126,10 @@ def test_starts_refuses_a_second_one_and_ends_on_ctrl_c(start: Callable[..., Ser
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux kills children with their parent")
-def test_leaves_nothing_when_killed_and_starts_again(start: Callable[..., Service], home: Path) -> None:
+def test_leaves_nothing_when_killed_and_starts_again(start: Callable[..., Service], place: Path) -> None:
     first = start("--no-agent")
     first.ready()
-    key = json.loads((home / "client.json").read_text())["key"]
+    key = json.loads((place / "client.json").read_text())["key"]
     children = first.descendants()
     first.process.kill()
     first.process.wait()
@@ -134,7 +137,7 @@ def test_leaves_nothing_when_killed_and_starts_again(start: Callable[..., Servic
 
     again = start("--no-agent")
     again.ready()
-    assert json.loads((home / "client.json").read_text())["key"] == key
+    assert json.loads((place / "client.json").read_text())["key"] == key
     assert again.ask(Client.jobs)["items"] == []
 
 
@@ -151,6 +154,47 @@ def test_a_child_that_dies_is_started_again(start: Callable[..., Service]) -> No
             return False
 
     assert eventually(lambda: "api ended with code -9" in service.said and answers(), 30), service.said
+
+
+JOB = {"space": "mobilenet_v1", "dataset": "digits", "effort": "smoke", "image_size": 8, "width": 0.25,
+       "constraints": [{"metric": "flops", "max": 100_000}]}  # fmt: skip
+
+
+def search(service: Service, **options: Any) -> dict[str, Any]:
+    """A job that has ended."""
+    service.ready()
+    job_id = service.ask(lambda client: client.submit({**JOB, **options}))["id"]
+
+    def ended() -> bool:
+        return bool(service.ask(lambda client: client.job(job_id))["finished_at"])
+
+    assert eventually(ended, 240), service.ask(lambda client: client.job(job_id))
+    return service.ask(lambda client: client.job(job_id))
+
+
+def test_a_search_runs_embedded(start: Callable[..., Service]) -> None:
+    """Also through the agent, which measures the winner although nothing constrains its latency."""
+    job = search(start(), measure_on=["this-machine"])
+    assert (job["state"], job["error"]) == ("succeeded", None)
+    winner = job["result"]["winner"]
+    assert winner["flops"] <= 100_000
+    assert 0 < winner["measured_ms"]["this-machine"] < 1000
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_search_runs_on_postgresql_and_redis(start: Callable[..., Service], place: Path, database: str) -> None:
+    try:
+        redis.Redis.from_url(REDIS).ping()
+    except redis.RedisError as error:
+        if os.environ.get("SECATEURS_TEST_REQUIRE_SERVERS") == "1":
+            pytest.fail(f"Redis is required and does not answer at {REDIS}: {error}")
+        pytest.skip("no Redis server")
+    service = start("--no-agent", SECATEURS_DATABASE_URL=database, SECATEURS_BROKER_URL=REDIS)
+    job = search(service)
+    assert (job["state"], job["error"]) == ("succeeded", None)
+    assert job["result"]["winner"]["flops"] <= 100_000
+    assert not (place / "secateurs.db").exists()
+    assert not (place / "logs" / "broker.log").exists()
 
 
 def test_a_taken_port_is_named_at_once(tmp_path: Path) -> None:
