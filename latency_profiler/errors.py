@@ -1,20 +1,20 @@
 """Every error that a caller can decide about.
 
-    SecateursError
-    ├── InvalidInput                 the caller's mistake; the message says what would be right
-    │   ├── UnknownSpace
-    │   ├── InvalidEncoding
-    │   ├── InvalidChannels
-    │   └── InvalidDataset
-    ├── NotFound                     nothing has this name or id
-    ├── InfeasibleConstraint         no structure of the space satisfies the budget
-    ├── NothingFeasible              no structure was found that satisfies all constraints together
-    ├── DamagedCheckpoint            a checkpoint is missing or not what was saved
-    ├── MissingLatencies             a lookup table lacks layers that were asked for
-    ├── MeasurementFailed            a layer could not be measured; the reason is data
-    ├── RuntimeUnavailable           the runtime's package is not installed
-    └── ServiceError                 the service answered with a problem document
-        └── ServiceUnreachable       it did not answer at all
+SecateursError
+├── InvalidInput                 the caller's mistake; the message says what would be right
+│   ├── UnknownSpace
+│   ├── InvalidEncoding
+│   ├── InvalidChannels
+│   └── InvalidDataset
+├── NotFound                     nothing has this name or id
+├── InfeasibleConstraint         no structure of the space satisfies the budget
+├── NothingFeasible              no structure was found that satisfies all constraints together
+├── DamagedCheckpoint            a checkpoint is missing or not what was saved
+├── MissingLatencies             a lookup table lacks layers that were asked for
+├── MeasurementFailed            a layer could not be measured; the reason is data
+├── RuntimeUnavailable           the runtime's package is not installed
+└── ServiceError                 the service answered with a problem document
+    └── ServiceUnreachable       it did not answer at all
 """
 
 from collections.abc import Sequence
@@ -130,7 +130,8 @@ class RuntimeUnavailable(SecateursError):
 
     def __init__(self, runtime: str, reason: str) -> None:
         self.runtime = runtime
-        super().__init__(f"runtime {runtime!r} is not available ({reason}); install it with: pip install 'secateurs[{runtime}]'")
+        how = f"install it with: pip install 'secateurs[{runtime}]'"
+        super().__init__(f"runtime {runtime!r} is not available ({reason}); {how}")
 
 
 class ServiceError(SecateursError):
@@ -150,4 +151,5 @@ class ServiceUnreachable(ServiceError):
     """The service did not answer."""
 
     def __init__(self, url: str, reason: str) -> None:
-        super().__init__(503, {"title": "unreachable", "detail": f"no answer from {url}: {reason}; is `secateurs up` running?"})
+        detail = f"no answer from {url}: {reason}; is `secateurs up` running?"
+        super().__init__(503, {"title": "unreachable", "detail": detail})

@@ -156,7 +156,9 @@ class Space:
         channels = self.complete(channels)
         for slot in self.fixed:
             if slot.width(channels) != slot.base:
-                raise InvalidChannels(f"{slot.name!r} is fixed at {slot.base} in {self.name}, not {slot.width(channels)}")
+                raise InvalidChannels(
+                    f"{slot.name!r} is fixed at {slot.base} in {self.name}, not {slot.width(channels)}"
+                )
         genes = []
         for slot, widths, width in zip(self.genes, self.choices, channels, strict=False):
             if width not in widths:

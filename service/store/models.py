@@ -410,7 +410,16 @@ class Candidate(Base):
         UniqueConstraint("job_id", "generation", "position"),
         UniqueConstraint("job_id", "encoding_key"),
         # Covers the walk from the best accuracy down that answers "best under a budget" and the Pareto fronts.
-        Index("ix_candidates_best", "space_key", "dataset_id", "proxy_accuracy", "flops", "parameters", "structure_id", "id"),
+        Index(
+            "ix_candidates_best",
+            "space_key",
+            "dataset_id",
+            "proxy_accuracy",
+            "flops",
+            "parameters",
+            "structure_id",
+            "id",
+        ),
         Index(None, "space_key", "dataset_id", "flops"),
         Index(None, "structure_id"),
     )
