@@ -74,7 +74,7 @@ class _Exchange:
         """One log line and the metrics."""
         seconds = time.perf_counter() - self._began
         method = self._scope["method"] if self._scope["method"] in METHODS else "other"
-        route = getattr(self._scope.get("route"), "path", "unmatched")
+        route = _template(self._scope)
         REQUESTS.labels(method, route, str(self.status)).inc()
         SECONDS.labels(method, route).observe(seconds)
         facts = {
@@ -82,6 +82,12 @@ class _Exchange:
             "status": self.status, "seconds": round(seconds, 4),
         }  # fmt: skip
         log.info("%s", json.dumps(facts))
+
+
+def _template(scope: Scope) -> str:
+    """The path of the route that answered; `scope["route"]` alone lacks the prefixes of the routers around it."""
+    whole = scope.get("fastapi", {}).get("effective_route_context", scope.get("route"))
+    return str(getattr(whole, "path", "unmatched"))
 
 
 def _replacement(start: Message) -> Response | None:

@@ -1,10 +1,57 @@
+"""Health, metrics, logs, and what the service must not load."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
 from fastapi.testclient import TestClient
+
+from service.store import devices
+from service.store.session import transaction
 
 
 def test_health_needs_no_key(client: TestClient) -> None:
     del client.headers["Authorization"]
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready", "database": "ok", "broker": "not asked yet"}
+
+
+def test_metrics_count_what_is_stored_and_asked(client: TestClient) -> None:
+    with transaction() as session:
+        device, _ = devices.register(session, "bench")
+        devices.register(session, "away")
+        devices.beat(session, device)
+    client.get("/v1/jobs/0")
+    del client.headers["Authorization"]
     text = client.get("/metrics").text
-    assert 'secateurs_jobs{state="queued"} 0.0' in text
-    assert 'secateurs_requests_total{method="GET",route="/healthz",status="200"}' in text
+    for line in (
+        'secateurs_jobs{state="queued"} 0.0',
+        'secateurs_devices{agent="fresh"} 1.0',
+        'secateurs_devices{agent="never"} 1.0',
+        "secateurs_candidates 0.0",
+        "secateurs_oldest_claimable_seconds 0.0",
+        'secateurs_requests_total{method="GET",route="/v1/jobs/{job}",status="404"}',
+    ):
+        assert line in text, line
+    assert "bench" not in text
+
+
+def test_every_request_leaves_one_line_of_json_without_its_secrets(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "secateurs.access"):
+        answer = client.get("/v1/jobs/0%0A1", headers={"X-Request-ID": "mine"})
+    [record] = [record for record in caplog.records if record.name == "secateurs.access"]
+    facts = json.loads(record.getMessage())
+    assert "\n" not in record.getMessage()
+    assert facts["route"] == "/v1/jobs/{job}"
+    assert (facts["request"], facts["status"], facts["method"]) == ("mine", answer.status_code, "GET")
+    assert client.headers["Authorization"].split("_")[2] not in caplog.text
+
+
+def test_no_torch() -> None:
+    code = "import sys, service.app; service.app.create_app(); print('torch' in sys.modules, 'sklearn' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
