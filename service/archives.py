@@ -89,7 +89,8 @@ class Meter:
         """One more entry; returns its safe name."""
         self.check(len(self.seen) < self._limits.entries, f"has more than {self._limits.entries} entries")
         path = PurePosixPath(name)
-        outside = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[:1]
+        drive = path.parts[:1] and path.parts[0].endswith(":")
+        outside = path.is_absolute() or drive or ".." in path.parts or "\\" in name or "\0" in name
         self.check(not outside, f"holds {name!r}, which points outside of it")
         self.check(str(path) not in self.seen, f"holds {name!r} twice")
         self.seen.add(str(path))

@@ -1,0 +1,292 @@
+import gzip
+import io
+import multiprocessing
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latency_profiler.errors import InvalidDataset
+from service import images
+from service.archives import Limits, Tar, Zip, open_files
+
+CLASSES = ("cat", "dog")
+
+
+def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tree(split: bool = True, per_class: int = 10) -> dict[str, bytes]:
+    """Names and contents; the value of every pixel tells class and split."""
+    content = {}
+    for k, name in enumerate(CLASSES):
+        for part, base in (("train/", 0), ("test/", 100)) if split else (("", 0),):
+            for i in range(per_class):
+                content[f"{part}{name}/{i}.png"] = png(base + 10 * k + i % 5)
+    return content
+
+
+def written(root: Path, content: dict[str, bytes]) -> Path:
+    for name, data in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def zipped(path: Path, content: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+def tarred(path: Path, content: dict[str, bytes], mode: str = "w:xz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def same(one: images.Images, other: images.Images) -> bool:
+    return one.classes == other.classes and all(
+        np.array_equal(getattr(one, part), getattr(other, part)) for part in images.PARTS
+    )
+
+
+def test_folder_zip_and_tar_give_the_same_arrays(tmp_path: Path) -> None:
+    content = tree()
+    written(tmp_path / "set", content)
+    zipped(tmp_path / "set.zip", {f"around/{name}": data for name, data in reversed(content.items())})
+    tarred(tmp_path / "set.tar.xz", {"README.txt": b"hello", **content})
+    tarred(tmp_path / "set.tar", content, "w:")
+    loaded = [
+        images.load(kind, path, tmp_path, 8, tmp_path / "cache")
+        for kind, path in (("folder", "set"), ("archive", "set.zip"), ("archive", "set.tar.xz"), ("archive", "set.tar"))
+    ]
+    assert all(same(loaded[0], other) for other in loaded[1:])
+    first = loaded[0]
+    assert first.train_x.dtype == np.uint8
+    assert first.train_x.shape == (20, 8, 8, 3)
+    assert first.train_y.dtype == np.int64
+    assert ((first.train_x[:, 0, 0, 0] >= 10) == (first.train_y == 1)).all()
+    assert (first.test_x >= 100).all()
+    for kind, path in (("folder", "set"), ("archive", "set.zip")):
+        assert images.inspect(kind, path, tmp_path) == images.DatasetFacts(CLASSES, 20, 20, 8)
+
+
+def test_without_a_split_a_fifth_of_every_class_is_tested(tmp_path: Path) -> None:
+    zipped(tmp_path / "a.zip", tree(split=False))
+    loaded = images.load("archive", "a.zip", tmp_path, 8, tmp_path / "cache")
+    assert np.bincount(loaded.test_y).tolist() == [2, 2]
+    assert np.bincount(loaded.train_y).tolist() == [8, 8]
+    assert images.inspect("archive", "a.zip", tmp_path).test_images == 4
+
+
+def test_val_joins_train_when_there_is_a_test_split_and_is_the_test_when_there_is_none(tmp_path: Path) -> None:
+    content = tree()
+    content |= {name.replace("train", "val"): data for name, data in content.items() if "train" in name}
+    written(tmp_path / "both", content)
+    written(tmp_path / "val", {name: data for name, data in content.items() if "test" not in name})
+    assert images.inspect("folder", "both", tmp_path).train_images == 40
+    assert images.inspect("folder", "val", tmp_path).test_images == 20
+
+
+def test_resized_to_the_asked_size_with_the_centre_kept(tmp_path: Path) -> None:
+    picture = Image.new("L", (60, 20), 0)
+    picture.paste(255, (20, 0, 40, 20))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95)
+    written(tmp_path / "a", {f"{c}/{i}.jpg": file.getvalue() for c in "xy" for i in range(5)})
+    loaded = images.load("folder", "a", tmp_path, 16, tmp_path / "cache")
+    assert loaded.train_x.shape == (8, 16, 16, 3)
+    assert loaded.train_x[0, 4:12, 4:12].mean() > 240
+
+
+def test_digits_facts_and_arrays(tmp_path: Path) -> None:
+    loaded = images.load("digits", None, tmp_path, 8, tmp_path / "cache")
+    facts = images.inspect("digits", None, tmp_path)
+    assert (len(loaded.train_y), len(loaded.test_y)) == (facts.train_images, facts.test_images)
+    assert loaded.classes == facts.classes
+    assert len(loaded.train_y) + len(loaded.test_y) == 1797
+    assert (loaded.train_x.min(), loaded.train_x.max()) == (0, 255)
+
+
+def test_the_service_pays_for_no_heavy_import() -> None:
+    code = "import sys, service.images; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def medmnist(path: Path, **changed: object) -> Path:
+    random = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 30), ("val", 10), ("test", 12)):
+        arrays[f"{part}_images"] = random.integers(0, 255, (n, 8, 8), dtype=np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(n) % 3)[:, None]
+    np.savez_compressed(path, **{k: v for k, v in (arrays | changed).items() if v is not None})
+    return path
+
+
+def test_npz(tmp_path: Path) -> None:
+    medmnist(tmp_path / "a.npz")
+    loaded = images.load("npz", "a.npz", tmp_path, 8, tmp_path / "cache")
+    with np.load(tmp_path / "a.npz") as held:
+        assert np.array_equal(loaded.train_x[30:, ..., 1], held["val_images"])
+        assert np.array_equal(loaded.test_y, held["test_labels"][:, 0])
+    assert images.inspect("npz", "a.npz", tmp_path) == images.DatasetFacts(("0", "1", "2"), 40, 12, 8)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"train_images": np.zeros((30, 8, 8))},
+        {"train_images": None},
+        {"train_images": np.array([object()] * 30)},
+        {"train_labels": np.zeros((30, 4), dtype=int)},
+        {"train_labels": np.zeros(29, dtype=int)},
+        {"test_images": np.zeros((12, 8, 9), dtype=np.uint8)},
+        {"test_labels": np.full(12, 7)},
+        {"train_labels": np.zeros(30), "train_images": np.zeros((30, 8, 8), np.uint8)},
+    ],
+)
+def test_wrong_npz_is_refused(tmp_path: Path, changed: dict[str, object]) -> None:
+    medmnist(tmp_path / "a.npz", **changed)
+    with pytest.raises(InvalidDataset):
+        images.inspect("npz", "a.npz", tmp_path)
+
+
+def test_an_npz_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**50,)})
+    zipped(tmp_path / "a.npz", {"train_images.npy": header.getvalue(), "train_labels.npy": header.getvalue()})
+    with pytest.raises(InvalidDataset, match="no plain array"):
+        images.inspect("npz", "a.npz", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png", "a\\..\\..\\out.png", "c:/out.png"])
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_names_that_point_outside_are_refused(tmp_path: Path, name: str, pack: object) -> None:
+    path = tmp_path / ("a.zip" if pack is zipped else "a.tar.xz")
+    pack(path, {**tree(), name: png(1)})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InvalidDataset, match="points outside"):
+        images.inspect("archive", path.name, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("train/cat/x.png")
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(InvalidDataset, match="link or a device"):
+        images.inspect("archive", "a.tar", tmp_path)
+
+
+def test_links_and_encrypted_files_in_a_zip_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        info = zipfile.ZipInfo("train/cat/x.png")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(InvalidDataset, match="link or a device"):
+        images.inspect("archive", "a.zip", tmp_path)
+    raw = bytearray(zipped(tmp_path / "b.zip", {"cat/x.png": png(1)}).read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "b.zip").write_bytes(raw)
+    with pytest.raises(InvalidDataset, match="encrypted"):
+        images.inspect("archive", "b.zip", tmp_path)
+
+
+def test_bombs_are_stopped_while_they_are_read(tmp_path: Path) -> None:
+    limits = Limits(bytes=200_000, grace=10_000)
+    zeros = {f"cat/{i}.png": bytes(50_000) for i in range(10)}
+    flat = {f"cat/{i}.png": os.urandom(50_000) for i in range(10)}
+    for files in (Zip(zipped(tmp_path / "a.zip", zeros), limits), Tar(tarred(tmp_path / "a.tar.xz", zeros), limits)):
+        with pytest.raises(InvalidDataset, match="times its size"):
+            list(files.read(set(zeros)))
+    for files in (Zip(zipped(tmp_path / "b.zip", flat), limits), Tar(tarred(tmp_path / "b.tar.xz", flat), limits)):
+        with pytest.raises(InvalidDataset, match="more than 0 MiB"):
+            list(files.read(set(flat)))
+    with pytest.raises(InvalidDataset, match="more than 3 entries"):
+        Zip(tmp_path / "a.zip", Limits(entries=3)).names()
+    with pytest.raises(InvalidDataset, match="larger than"):
+        Tar(tarred(tmp_path / "c.tar", flat, "w:"), Limits(file=1000)).names()
+
+
+def test_double_names_are_refused(tmp_path: Path) -> None:
+    tarred(tmp_path / "a.tar", {"cat/x.png": png(1), "cat//x.png": png(2)}, "w:")
+    with pytest.raises(InvalidDataset, match="twice"):
+        open_files(tmp_path / "a.tar").names()
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    whole = tarred(tmp_path / "a.tar.gz", tree(), "w:gz").read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(b"no archive" * 100))
+    (tmp_path / "c.zip").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "d.npz").write_bytes(b"\x80\x04pickle")
+    written(tmp_path / "e", {**tree(), "train/cat/0.png": b"no image"})
+    written(tmp_path / "f", {**tree(), "train/cat/0.png": png(3)[:60]})
+    for kind, path in (("archive", "a.tar.gz"), ("archive", "b.tar.gz"), ("archive", "c.zip"), ("npz", "d.npz"), ("folder", "e"), ("folder", "f")):  # fmt: skip # noqa: E501
+        with pytest.raises(InvalidDataset):
+            images.load(kind, path, tmp_path, 8, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_paths_outside_of_the_data_root_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    written(tmp_path / "secret", tree())
+    written(root / "inside", tree())
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "inside/train/cat/l.png").symlink_to(tmp_path / "secret/train/cat/0.png")
+    for path in ("../secret", str(tmp_path / "secret"), "link", "nothing", "a\0b", "", "."):
+        with pytest.raises(InvalidDataset, match="data root"):
+            images.inspect("folder", path, root)
+    with pytest.raises(InvalidDataset, match="link out of the folder"):
+        images.inspect("folder", "inside", root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "0 images"),
+        ({"a.png": png(1), "cat/b.png": png(1)}, "1 of them in a folder"),
+        ({"train/cat/1.png": png(1), "test/cat/1.png": png(1)}, "at least two"),
+        ({"train/cat/1.png": png(1), "test/cat/1.png": png(1), "test/dog/1.png": png(1)}, "no training images"),
+    ],
+)
+def test_what_is_no_dataset_says_what_would_be(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
+    (tmp_path / "a").mkdir()
+    written(tmp_path / "a", content)
+    with pytest.raises(InvalidDataset, match=message):
+        images.inspect("folder", "a", tmp_path)
+
+
+def test_a_change_of_the_files_is_noticed(tmp_path: Path) -> None:
+    zipped(tmp_path / "a.zip", tree())
+    first = images.load("archive", "a.zip", tmp_path, 8, tmp_path / "cache")
+    zipped(tmp_path / "a.zip", tree(per_class=12))
+    assert len(images.load("archive", "a.zip", tmp_path, 8, tmp_path / "cache").train_y) == 24 != len(first.train_y)
+
+
+def _load(root: str) -> int:
+    return len(images.load("archive", "a.zip", Path(root), 8, Path(root, "cache")).train_y)
+
+
+def test_racing_workers_share_one_cache(tmp_path: Path) -> None:
+    zipped(tmp_path / "a.zip", tree())
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.map(_load, [str(tmp_path)] * 6) == [20] * 6
+    assert len(list((tmp_path / "cache").iterdir())) == 1
