@@ -33,6 +33,8 @@ from service.store.jobs import JobStateConflict
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 2
 LONGEST_TEXT = 500
+RENAMED = {413: "Content Too Large", 422: "Unprocessable Content"}
+"""RFC 9110's names, which older versions of Python lack: the documents must not depend on the version."""
 log = logging.getLogger(__name__)
 
 
@@ -100,14 +102,14 @@ def describe(document: dict[str, Any]) -> None:
 def declared(status: int) -> dict[str, Any]:
     """One declared error."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {"description": HTTPStatus(status).phrase, "content": content}
+    return {"description": _phrase(status), "content": content}
 
 
 def problem(
     status: int, kind: str | None, detail: str, headers: Mapping[str, str] | None = None, /, **members: Any
 ) -> ProblemResponse:
     """A problem document; `kind` None is the status's own name."""
-    phrase = HTTPStatus(status).phrase
+    phrase = _phrase(status)
     name = kind or phrase.lower().replace(" ", "-").replace("'", "")
     title = name.replace("-", " ").capitalize() if kind else phrase
     body = {"type": f"urn:secateurs:{name}", "title": title, "status": status, "detail": _text(detail), **members}
@@ -167,6 +169,10 @@ def _unavailable(_request: Request, error: Exception) -> ProblemResponse:
     log.warning("the database is unavailable: %s", _text(str(error)))
     headers = {"Retry-After": str(RETRY_SECONDS)}
     return problem(503, "database-unavailable", "the database does not answer; try again", headers)
+
+
+def _phrase(status: int) -> str:
+    return RENAMED.get(status) or HTTPStatus(status).phrase
 
 
 def _facts(error: SecateursError, names: str) -> dict[str, Any]:
