@@ -37,7 +37,8 @@ class Settings(BaseSettings):
     """How long a job waits in `profiling` for its device before it fails."""
     agent_lease_seconds: float = 60.0
     threads: int = 0
-    """Torch threads of a runner; 0 is all cores of the machine. Part of what a result can be reproduced with."""
+    """Torch threads of a runner; 0 is one for images of up to 64 pixels (a second one was seen to bring nothing there)
+    and all cores for larger ones. Part of what a result can be reproduced with."""
 
     @property
     def database(self) -> str:

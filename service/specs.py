@@ -68,6 +68,11 @@ class TrainingSpec(Model):
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    normalise: bool | None = None
+    """Scale generated weights to one deviation; not in the publication."""
+    curriculum: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
     validation_images: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Images split from the training set to judge candidates on; at most a fifth of it."""
 
@@ -133,28 +138,30 @@ class JobRequest(Model):
 
 
 SGD = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1}
+STEADY = {**SGD, "learning_rate": 0.05, "normalise": True, "curriculum": 0.3}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
-        "training": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "band": None, "validation_images": 200, **SGD},
-        "search": {"generations": 2, "population": 8, "parents": 4, "recalibration_images": 128, "least_budget_share": 0.9},
+        "training": {"epochs": 1, "batch_size": 128, "band": (0.5, 2.0), "validation_images": 200, **STEADY},
+        "search": {"generations": 2, "population": 8, "parents": 4, "recalibration_images": 128},
         "retraining": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
     },
     "quick": {
-        "training": {"epochs": 15, "batch_size": 64, "learning_rate": 0.1, "band": None, "validation_images": 300, **SGD},
-        "search": {"generations": 6, "population": 24, "parents": 8, "recalibration_images": 512, "least_budget_share": 0.95},
-        "retraining": {"epochs": 15, "batch_size": 64, "learning_rate": 0.1, "top": 1, **SGD},
+        "training": {"epochs": 24, "batch_size": 64, "band": (0.4, 2.5), "validation_images": 280, **STEADY},
+        "search": {"generations": 6, "population": 24, "parents": 8, "recalibration_images": 512},
+        "retraining": {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "top": 1, **SGD},
     },
     "standard": {
-        "training": {"epochs": 10, "batch_size": 128, "learning_rate": 0.1, "band": (0.6, 1.4), "validation_images": 5000, **SGD},
-        "search": {"generations": 10, "population": 40, "parents": 10, "recalibration_images": 2000, "least_budget_share": 0.97},
-        "retraining": {"epochs": 10, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
+        "training": {"epochs": 20, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY},
+        "search": {"generations": 10, "population": 40, "parents": 10, "recalibration_images": 2000},
+        "retraining": {"epochs": 12, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
     },
     "paper": {
-        "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "band": None, "validation_images": 50_000, **SGD},
-        "search": {"generations": 20, "population": 50, "parents": 10, "recalibration_images": 20_000, "least_budget_share": 0.0},
+        "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "validation_images": 50_000, **SGD},
+        "search": {"generations": 20, "population": 50, "parents": 10, "recalibration_images": 20_000},
         "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
     },
 }  # fmt: skip
+LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
 """`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "mobilenet_v2": {"training": {"weight_decay": 0.0}},
@@ -177,6 +184,7 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
         preset = dict(PRESETS[request.effort][part])
         if part == "search":
             preset |= {"mutation_probability": 0.1, "rank_by": "accuracy" if paper else "loss"}
+            preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort]
         if paper:
             preset |= PUBLISHED.get(request.space, {}).get(part, {})
         given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}

@@ -12,6 +12,7 @@ V2 and ResNet. Classifiers are ordinary linear layers, cropped by columns.
 Letters: d slots fed, H hidden units, k kernel side, c channels, b images.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from latency_profiler.spaces.space import CHOICES, IMAGE, Slot, Space, Unit, sca
 from workers.networks import NORM_EPSILON, PlainNetwork, convolve, pool, run
 
 NORM_MOMENTUM = 0.1
+TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,9 @@ class Crop:
 class Generator(nn.Module):
     """Writes the weight of one convolution."""
 
-    def __init__(self, unit: Unit, hidden: int) -> None:
+    def __init__(self, unit: Unit, hidden: int, normalised: bool) -> None:
         super().__init__()
+        self.normalised = normalised
         c_in = 1 if unit.op is Op.DEPTHWISE else unit.source.base
         shape = (unit.target.base, c_in, unit.kernel**2)
         self.kernel = unit.kernel
@@ -55,6 +58,9 @@ class Generator(nn.Module):
         """Weight (c_out, c_in, k, k) for the scales (d,) of a unit's encoding."""
         hidden = functional.relu(functional.linear(scales, self.first_weight, self.first_bias))
         weight = crop.weight @ hidden + crop.bias  # (c_out, c_in, k*k)
+        if self.normalised:
+            he = math.sqrt(2 / (weight.shape[1] * weight.shape[2]))
+            weight = weight * (he * torch.rsqrt(weight.square().mean() + TINY))
         return weight.reshape(*weight.shape[:2], self.kernel, self.kernel)
 
 
@@ -102,16 +108,20 @@ class PruningNet(nn.Module):
 
     Args:
         hidden: hidden units of every block; None is as published: 64 for MobileNetV2's bottlenecks, else 32.
+        normalised: scale every generated weight to He's deviation (not in the publication). A batch norm follows, so
+            the network's outputs stay the same; the gradients become alike for all widths.
     """
 
-    def __init__(self, space: Space, hidden: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, space: Space, hidden: int | None = None, seed: int = 0, *, normalised: bool = False
+    ) -> None:  # fmt: skip
         super().__init__()
         self.space = space
         affine = all(unit.shortcut is None for unit in space.units)
         self.generators, self.norms, self.classifiers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for i, unit in enumerate(space.units):
             if unit.encoding:
-                self.generators[str(i)] = Generator(unit, hidden or _hidden(space, unit))
+                self.generators[str(i)] = Generator(unit, hidden or _hidden(space, unit), normalised)
                 plain = unit.input == IMAGE or unit.op is Op.DEPTHWISE
                 options = 1 if _gene(space, unit.norm_slot) is None else CHOICES
                 self.norms[str(i)] = ChoiceNorm(unit, options, affine and plain)

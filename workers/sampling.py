@@ -16,6 +16,7 @@ Genes = npt.NDArray[np.int64]
 Cost = Callable[[Genes], npt.NDArray[np.float64]]
 """Encodings (n, g) → their cost (n,); anything that does not fall when a gene grows."""
 
+MIDDLE = (CHOICES - 1) / 2
 ROUNDS = 50
 BISECTIONS = 12
 
@@ -26,15 +27,17 @@ def numpy_generator(seed: int, *counters: int | str) -> np.random.Generator:
     return np.random.default_rng([seed, *words])
 
 
-def sample(cost: Cost, low: float, high: float, genes: int, count: int, rng: np.random.Generator) -> Genes:
+def sample(
+    cost: Cost, low: float, high: float, genes: int, count: int, rng: np.random.Generator, spread: float = 1.0
+) -> Genes:  # fmt: skip
     """Up to `count` encodings (n, genes) with a cost in [low, high]; fewer where the band holds few.
 
     A third of the draws keeps a uniform spread of every gene, the others narrow it at random, so that near-uniform
-    widths and very uneven ones are both covered.
+    widths and very uneven ones are both covered. `spread` below 1 narrows all of them.
     """
     found = np.empty((0, genes), dtype=np.int64)
     for _ in range(ROUNDS):
-        drawn = _shifted(cost, low, high, _directions(genes, max(32, 2 * count), rng), rng)
+        drawn = _shifted(cost, low, high, spread * _directions(genes, max(32, 2 * count), rng), rng)
         costs = cost(drawn)
         found = np.concatenate([found, drawn[(costs >= low) & (costs <= high)]])
         if len(found) >= count:
@@ -43,10 +46,9 @@ def sample(cost: Cost, low: float, high: float, genes: int, count: int, rng: np.
 
 
 def _directions(genes: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Random real genes (count, genes) around the middle choice, each draw with its own spread."""
-    middle = (CHOICES - 1) / 2
+    """Random distances (count, genes) of genes from the middle choice, each draw with its own spread."""
     spread = np.where(rng.random((count, 1)) < 1 / 3, 1.0, rng.random((count, 1)))
-    return middle + spread * rng.uniform(-middle, middle, (count, genes))
+    return spread * rng.uniform(-MIDDLE, MIDDLE, (count, genes))
 
 
 def _shifted(
@@ -63,4 +65,5 @@ def _shifted(
 
 
 def _rounded(genes: npt.NDArray[np.float64]) -> Genes:
-    return np.clip(np.rint(genes), 0, CHOICES - 1).astype(np.int64)
+    """Choices from distances from the middle one."""
+    return np.clip(np.rint(MIDDLE + genes), 0, CHOICES - 1).astype(np.int64)

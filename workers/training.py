@@ -24,8 +24,10 @@ from workers.pruning_net import PruningNet
 from workers.sampling import Genes, numpy_generator, sample
 from workers.sgd import CroppedSGD, Momentum, Rule
 
-STRUCTURES = 256
+STRUCTURES = 64
 """Structures are drawn so many iterations at a time."""
+NARROWEST = 0.15
+"""Spread of structures at the beginning of a curriculum; 1 is the whole space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,10 @@ class TrainingSettings:
     schedule: Literal["linear"] = "linear"
     clip_norm: float | None = None
     """Gradients are scaled down to this norm; None leaves them."""
+    normalise: bool = False
+    """Whether generated weights are scaled to one deviation (`PruningNet`)."""
+    curriculum: float = 0.0
+    """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "TrainingSettings":
@@ -169,8 +175,8 @@ class PruningNetTrainer(Trainer):
         band: tuple[float, float] | None, device: torch.device, hidden: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(data.sub_training, settings, seed, device)
-        self.network = PruningNet(space, hidden, seed).to(device)
-        self._structures = Structures(space, band, seed)
+        self.network = PruningNet(space, hidden, seed, normalised=settings.normalise).to(device)
+        self._structures = Structures(space, band, seed, int(settings.curriculum * self.total))
         self._blocks = {name: CroppedSGD(crop) for name, crop in self.network.crops(space.largest).items()}
         self._sgd = Momentum(*self.network.ordinary())
         self._powers: tuple[Rule, Tensor] | None = None
@@ -213,10 +219,15 @@ class PruningNetTrainer(Trainer):
 
 
 class Structures:
-    """The random structure of every iteration."""
+    """The random structure of every iteration.
 
-    def __init__(self, space: Space, band: tuple[float, float] | None, seed: int) -> None:
-        self._space, self._band, self._seed = space, band, seed
+    Args:
+        band: FLOPs between which structures lie; None draws genes uniformly, as published.
+        widening: iterations over which the spread of a band's structures grows to the whole space.
+    """
+
+    def __init__(self, space: Space, band: tuple[float, float] | None, seed: int, widening: int = 0) -> None:
+        self._space, self._band, self._seed, self._widening = space, band, seed, widening
         self._model, self._widths = CostModel(space), np.array(space.choices)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._drawn: tuple[int, Genes] | None = None
@@ -229,12 +240,12 @@ class Structures:
         """
         chunk, place = divmod(iteration, STRUCTURES)
         if self._drawn is None or self._drawn[0] != chunk:
-            self._drawn = chunk, self._draw(numpy_generator(self._seed, "structures", chunk))
+            self._drawn = chunk, self._draw(chunk)
         encodings = self._drawn[1]
         return tuple(encodings[place % len(encodings)].tolist())
 
-    def _draw(self, random: np.random.Generator) -> Genes:
-        genes = len(self._space.genes)
+    def _draw(self, chunk: int) -> Genes:
+        genes, random = len(self._space.genes), numpy_generator(self._seed, "structures", chunk)
         if self._band is None:
             return random.integers(0, CHOICES, (STRUCTURES, genes), dtype=np.int64)
         low, high = self._band

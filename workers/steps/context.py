@@ -30,6 +30,7 @@ from workers.datasets import Data, prepare
 from workers.training import Trainer
 
 T = TypeVar("T")
+SMALL = 64
 log = logging.getLogger(__name__)
 SLICE = 45.0
 """Seconds of training between checkpoints: what a kill costs at most."""
@@ -64,7 +65,8 @@ class Context:
             dataset = session.get_one(Dataset, job.dataset_id)
         self.spec = JobRequest.model_validate(job.spec)
         self.dataset = Facts(dataset.id, dataset.kind, dataset.path, dataset.classes)
-        self.threads = settings.threads or os.cpu_count() or 1
+        small = (self.spec.image_size or 0) <= SMALL
+        self.threads = settings.threads or (1 if small else os.cpu_count() or 1)
         torch.set_num_threads(self.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kept: dict[str, Any] = {}

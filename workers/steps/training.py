@@ -79,7 +79,7 @@ def _scorer(context: Context, key: str) -> Scorer:
     with transaction() as session:
         checkpoint = pruning_nets.get(session, key).checkpoint
     assert checkpoint is not None
-    network = PruningNet(context.space)
+    network = PruningNet(context.space, normalised=bool(context.spec.training.normalise))
     network.load_state_dict(checkpoints.load(blobs.blob_path(checkpoint), checkpoint))
     assert context.spec.search.recalibration_images is not None
     return Scorer(
