@@ -28,8 +28,8 @@ from service.commands import tables
 from service.commands.watching import bars, follow
 from service.up import THIS_MACHINE
 
-SPACE = "mobilenet_v1"
-SIZE: dict[str, Any] = {"image_size": 8, "width": 0.25}
+SPACE = "resnet20"
+SIZE: dict[str, Any] = {"image_size": 8, "width": 0.5}
 SIZE_OF_SPACE = {**SIZE, "classes": 10, "last_layer": "free"}
 JOB = {"space": SPACE, "dataset": "digits", "effort": "quick", "seed": 0, **SIZE}
 FLOPS_SHARE = 1 / 3

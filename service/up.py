@@ -303,6 +303,6 @@ class Up:
         self.say(f"Secateurs is ready at {self.url}  (home: {self.home}, logs: {self.home / 'logs'})")
         if key:
             self.say(f"API key (kept in {self.home / 'client.json'}): {key}")
-        self.say("Submit a search:  secateurs submit mobilenet_v1 --dataset digits --effort quick --image-size 8 "
-                 "--width 0.25 --max-flops 100K --watch")  # fmt: skip
+        self.say("Submit a search:  secateurs submit resnet20 --dataset digits --effort quick --image-size 8 "
+                 "--width 0.5 --max-flops 200K --watch")  # fmt: skip
         self.say("Ctrl-C stops everything.")
