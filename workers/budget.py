@@ -71,10 +71,10 @@ class Budget:
         }
         return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
-    def tightness(self, encodings: Genes) -> Floats:
-        """The largest share (n,) of an upper bound that encodings (n, g) use."""
+    def tightness(self, encodings: Genes, of: Sequence[Constraint] = ()) -> Floats:
+        """The largest share (n,) of an upper bound that encodings (n, g) use, of all constraints or of some."""
         costs = self.costs(encodings)
-        shares = [_values(costs, constraint) / constraint.maximum for constraint in self.constraints]
+        shares = [_values(costs, constraint) / constraint.maximum for constraint in of or self.constraints]
         tightest: Floats = np.max(np.array(shares), axis=0)
         return tightest
 

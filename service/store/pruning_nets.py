@@ -8,12 +8,18 @@ from sqlalchemy.orm import Session
 from service.store.models import TERMINAL, Job, PruningNet
 
 
-def find_ready(session: Session, family: str, flops: float) -> PruningNet | None:
-    """The oldest trained net of a family whose band holds a budget's FLOPs."""
+def find(session: Session, family: str, flops: float, job_id: str) -> PruningNet | None:
+    """A net of a family whose band holds a budget's FLOPs: trained, or being trained by another live job."""
     query = select(PruningNet).where(
-        PruningNet.family == family, PruningNet.ready, PruningNet.band_low <= flops, PruningNet.band_high >= flops
+        PruningNet.family == family, PruningNet.band_low <= flops, PruningNet.band_high >= flops
     )
-    return session.scalar(query.order_by(PruningNet.created_at, PruningNet.key).limit(1))
+    nets = session.scalars(query.order_by(PruningNet.ready.desc(), PruningNet.created_at, PruningNet.key))
+    return next((net for net in nets if net.ready or _trained_elsewhere(session, net, job_id)), None)
+
+
+def _trained_elsewhere(session: Session, net: PruningNet, job_id: str) -> bool:
+    trainer = session.get(Job, net.trainer_job_id) if net.trainer_job_id != job_id else None
+    return trainer is not None and trainer.state not in TERMINAL
 
 
 def join(session: Session, key: str, job_id: str, **values: Any) -> PruningNet | None:
@@ -23,11 +29,9 @@ def join(session: Session, key: str, job_id: str, **values: Any) -> PruningNet |
         net = PruningNet(key=key, trainer_job_id=job_id, ready=False, progress={}, **values)
         session.add(net)
         session.flush()
-    if net.trainer_job_id != job_id:
-        trainer = session.get(Job, net.trainer_job_id)
-        if trainer is not None and trainer.state not in TERMINAL:
-            return None
-        net.trainer_job_id = job_id
+    if _trained_elsewhere(session, net, job_id):
+        return None
+    net.trainer_job_id = job_id
     return net
 
 

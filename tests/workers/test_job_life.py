@@ -251,11 +251,21 @@ def test_a_budget_that_breaks_only_in_the_last_measurement_sends_the_job_back(wo
 
 
 def test_a_budget_that_no_measurement_holds_fails_with_the_figures(world: None) -> None:
-    bench = Bench(lambda purpose: 1.0 + 0.1 * (1 + int(purpose[-1])) if purpose[0] in "cv" else 1.0)
+    bench = Bench(lambda purpose: 1.3 ** (1 + int(purpose[-1])) if purpose.startswith(("check", "verify")) else 1.0)
     with pytest.raises(BudgetBroken) as broken:
         run(submit(latency_bound(0.5)), bench)
-    assert len(broken.value.figures) == 4
+    assert len(broken.value.figures) == 5
     assert all(one["measured_ms"] > one["max_ms"] for one in broken.value.figures)
+
+
+def test_a_prediction_that_is_too_pessimistic_is_corrected_and_the_budget_used(world: None) -> None:
+    bench = Bench(lambda purpose: 0.7 if purpose.startswith(("check", "verify")) else 1.0)
+    job = run(submit(latency_bound(0.4)), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert job.result["rounds"] > 1
+    assert 0.85 * latency_bound(0.4)["max_ms"] <= job.result["winner"]["measured_ms"]["bench"]
+    assert job.result["winner"]["measured_ms"]["bench"] <= latency_bound(0.4)["max_ms"]
 
 
 def test_an_impossible_latency_is_refused_once_the_table_is_there(world: None) -> None:

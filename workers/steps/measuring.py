@@ -11,14 +11,16 @@ from service.store import devices, measurements
 from service.store.models import Job
 from workers.steps.context import Context
 
-ROUNDS = 4
-"""How often a measurement may send a job back to the search."""
+ROUNDS = 5
+"""How many searches a job may make, each with the corrections of the measurements before it."""
+SHY_ROUNDS = 2
+"""In so many of them a winner that leaves budget unused is a reason to search on."""
 SAFETY = 1.005
 """A corrected prediction lies this much above the measurement that corrected it."""
 
 
 class BudgetBroken(SecateursError):
-    """Every winner that the search found breaks its budget when it is measured.
+    """The winners that the search found break their budget when they are measured.
 
     Attributes:
         figures: one object per device and round: budget, predicted and measured milliseconds.
@@ -28,8 +30,8 @@ class BudgetBroken(SecateursError):
         self.figures = list(figures)
         last = self.figures[-1]
         super().__init__(
-            f"{len(self.figures)} winners in a row broke the budget when measured on {last['device']}: "
-            f"the last one took {last['measured_ms']:.4g} ms, {last['max_ms']:.4g} ms are allowed"
+            f"after {ROUNDS} searches the winner still breaks the budget when measured on {last['device']}: "
+            f"it took {last['measured_ms']:.4g} ms, {last['max_ms']:.4g} ms are allowed"
         )
 
 
@@ -57,19 +59,23 @@ def look(
     return found
 
 
-def broken(context: Context, measured: Mapping[str, float]) -> dict[str, float]:
-    """Device → seconds that are allowed, where a measurement is above them."""
-    return {
-        bound.device: bound.maximum
-        for bound in context.constraints
-        if bound.metric is Metric.LATENCY and bound.device and measured.get(bound.device, 0.0) > bound.maximum
-    }
+def off(context: Context, measured: Mapping[str, float], least: float = 0.0) -> dict[str, float]:
+    """Device → seconds that are allowed, where a measurement is above them.
+
+    Args:
+        least: share of the budget that one latency at least must reach; below it, no other bound being tight either,
+            the prediction is too pessimistic and counts as off too.
+    """
+    bounds = [bound for bound in context.constraints if bound.metric is Metric.LATENCY and bound.device in measured]
+    broken = {str(bound.device): bound.maximum for bound in bounds if measured[str(bound.device)] > bound.maximum}
+    shy = all(measured[str(bound.device)] < least * bound.maximum for bound in bounds)
+    return broken or ({str(bound.device): bound.maximum for bound in bounds} if shy else {})
 
 
 def corrected(
     context: Context, job: Job, channels: Sequence[int], measured: Mapping[str, float], allowed: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The job's memory with the correction that a broken budget asks for, ready for another round of search.
+    """The job's memory with the corrections that measurements ask for, ready for another round of search.
 
     Raises:
         BudgetBroken: the rounds are used up.
@@ -88,8 +94,7 @@ def corrected(
     evolution = dict(memory["evolution"])
     more = max(2, evolution["settings"]["generations"] // 3)
     evolution |= {"generations": evolution["generation"] + more, "exhausted": False}
-    memory |= {
+    return memory | {
         "corrections": corrections, "figures": figures, "round": memory["round"] + 1, "evolution": evolution,
         "since": None, "queue": [], "checkpoint": None,
     }  # fmt: skip
-    return memory

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from latency_profiler.cost import Metric
 from latency_profiler.spaces.space import Space
 from service.store import candidates, devices, jobs
 from service.store.candidates import Judged
@@ -18,6 +19,8 @@ from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 from workers.steps.training import scorer
 
+LEAST_USED = 0.93
+"""A winner whose first measurement uses less of every latency budget shows that the prediction is too pessimistic."""
 CHECK_SECONDS = 60.0
 """How long the search waits for a first measurement of its winner; the one in `verifying` decides."""
 
@@ -92,12 +95,23 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     measured = found[structure_id]
     if len(measured) < len(context.constrained_devices) and clock - memory["since"] < CHECK_SECONDS:
         return FOR_DEVICE
-    if allowed := measuring.broken(context, measured):
+    unused = LEAST_USED if memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search) else 0.0
+    if allowed := measuring.off(context, measured, unused):
         return search_on(context, job, channels, measured, allowed)
     memory |= {"queue": _queue(context, job, search), "since": None, "checkpoint": None}
     with transaction() as session:
         jobs.save_step(session, context.claim, memory=memory, state=JobState.RETRAINING)
     return MOVED
+
+
+def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
+    """Whether latency is what keeps the winner from growing, and not its FLOPs or parameters."""
+    best, budget = search.winner(), context.budget(job)
+    assert best is not None
+    counts = [bound for bound in context.constraints if bound.metric is not Metric.LATENCY]
+    if not context.constrained_devices or not counts:
+        return bool(context.constrained_devices)
+    return bool(budget.tightness(np.array([best.proposal.encoding]), counts)[0] < LEAST_USED)
 
 
 def search_on(

@@ -19,9 +19,11 @@ def step(context: Context, job: Job) -> Outcome:
     """Reuse a trained net if there is one; else train for a slice, unless another job does."""
     family, band = _family(context), _band(context, job)
     with transaction() as session:
-        ready = pruning_nets.find_ready(session, family, job.memory["flops"])
-        if ready is not None and "net" not in job.memory:
-            memory = {**job.memory, "net": ready.key, "reused": True}
+        found = None if "net" in job.memory else pruning_nets.find(session, family, job.memory["flops"], job.id)
+        if found is not None and not found.ready:
+            return FOR_JOB
+        if found is not None:
+            memory = {**job.memory, "net": found.key, "reused": True}
             jobs.save_step(session, context.claim, state=JobState.SEARCHING, memory=memory)
             return MOVED
         key = _digest([family, list(band)])

@@ -28,7 +28,7 @@ def step(context: Context, job: Job) -> Outcome:
         context.console.say({"phase": "verifying", "waits_for": away})
         return FOR_DEVICE
     winner = memory["queue"][0]
-    allowed = measuring.broken(context, found.get(winner["structure_id"], {}))
+    allowed = measuring.off(context, found.get(winner["structure_id"], {}))
     _store(context, job, found)
     if allowed:
         return search_on(context, job, tuple(winner["channels"]), found[winner["structure_id"]], allowed)
