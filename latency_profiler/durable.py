@@ -17,3 +17,12 @@ def save(target: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import tempfile
 import zipfile
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from numpy.lib import format as form
 from PIL import Image, ImageOps
 
+from latency_profiler.durable import flush
 from latency_profiler.errors import InvalidDataset
 from service.archives import BROKEN, LIMITS, Files, Meter, open_files
 
@@ -359,7 +359,7 @@ def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> 
         classes = decode(folder)
         (folder / "classes.json").write_text(json.dumps(classes))
         for file in folder.iterdir():
-            _flush(file)
+            flush(file)
         try:
             folder.rename(cache / key)
         except OSError:
@@ -375,11 +375,3 @@ def _sweep(cache: Path, fresh: Path) -> None:
     for left in cache.glob(".decoding-*"):
         if left != fresh and now - left.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -58,8 +58,8 @@ class LatencyConstraint(Model):
 AnyConstraint = Annotated[CountConstraint | LatencyConstraint, Field(discriminator="metric")]
 
 
-class TrainingSpec(Model):
-    """How the PruningNet is trained. `band` limits sampled structures to these shares of the budget's FLOPs."""
+class DescentSpec(Model):
+    """Stochastic gradient descent with momentum, the learning rate falling linearly epoch by epoch."""
 
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     batch_size: Annotated[int, Field(ge=2, le=4096)] | None = None
@@ -67,6 +67,11 @@ class TrainingSpec(Model):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class TrainingSpec(DescentSpec):
+    """How the PruningNet is trained. `band` limits sampled structures to these shares of the budget's FLOPs."""
+
     band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
     normalise: bool | None = None
@@ -90,15 +95,9 @@ class SearchSpec(Model):
     """Candidates must use at least this share of the tightest upper bound (0: upper bounds only)."""
 
 
-class RetrainingSpec(Model):
+class RetrainingSpec(DescentSpec):
     """Training from scratch; `top` structures of the search are trained."""
 
-    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    batch_size: Annotated[int, Field(ge=2, le=4096)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     top: Annotated[int, Field(ge=1, le=10)] | None = None
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latency_profiler.durable import flush
 from latency_profiler.errors import DamagedCheckpoint
 
 META = "secateurs"
@@ -86,20 +87,12 @@ def _keep(folder: Path, temporary: Path) -> str:
     sha256 = _digest(temporary)
     target = path_of(folder, sha256)
     target.parent.mkdir(exist_ok=True)
-    _flush(temporary)
+    flush(temporary)
     temporary.replace(target)
-    _flush(target.parent)
+    flush(target.parent)
     return sha256
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
