@@ -202,4 +202,5 @@ def show_facts(console: Console, facts: Row, prefix: str = "") -> None:
             console.print(f"{prefix}{name}")
             show_facts(console, value, prefix + "  ")
         else:
-            console.print(f"{prefix}{name}: {text(value)}", soft_wrap=True)
+            shown = when(value) if name.endswith("_at") else text(value)
+            console.print(f"{prefix}{name}: {shown or '-'}", soft_wrap=True)
