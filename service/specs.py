@@ -67,13 +67,13 @@ class DescentSpec(Model):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
 
 class TrainingSpec(DescentSpec):
     """How the PruningNet is trained. `band` limits sampled structures to these shares of the budget's FLOPs."""
 
     band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
     normalise: bool | None = None
     """Scale generated weights to one deviation; not in the publication."""
     curriculum: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -137,22 +137,23 @@ class JobRequest(Model):
 
 
 SGD = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1}
-STEADY = {**SGD, "learning_rate": 0.05, "normalise": True, "curriculum": 0.3}
+CLIPPED = {**SGD, "clip_norm": 10.0}
+STEADY = {**CLIPPED, "learning_rate": 0.1, "normalise": True, "curriculum": 0.3}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "training": {"epochs": 1, "batch_size": 128, "band": (0.5, 2.0), "validation_images": 200, **STEADY},
         "search": {"generations": 2, "population": 8, "parents": 4, "recalibration_images": 128},
-        "retraining": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
+        "retraining": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "top": 1, **CLIPPED},
     },
     "quick": {
         "training": {"epochs": 24, "batch_size": 64, "band": (0.4, 2.5), "validation_images": 280, **STEADY},
         "search": {"generations": 6, "population": 24, "parents": 8, "recalibration_images": 512},
-        "retraining": {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "top": 1, **SGD},
+        "retraining": {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "top": 1, **CLIPPED},
     },
     "standard": {
-        "training": {"epochs": 20, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY},
-        "search": {"generations": 10, "population": 40, "parents": 10, "recalibration_images": 2000},
-        "retraining": {"epochs": 12, "batch_size": 128, "learning_rate": 0.1, "top": 1, **SGD},
+        "training": {"epochs": 12, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY},
+        "search": {"generations": 8, "population": 40, "parents": 10, "recalibration_images": 1000},
+        "retraining": {"epochs": 10, "batch_size": 128, "learning_rate": 0.1, "top": 1, **CLIPPED},
     },
     "paper": {
         "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "validation_images": 50_000, **SGD},

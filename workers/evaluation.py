@@ -13,12 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from workers.datasets import Batches, Data
-from workers.evolution import Score
+from workers.evolution import DIVERGED, Score
 from workers.networks import PlainNetwork
 from workers.pruning_net import PruningNet
 
-DIVERGED = 1e9
-"""Loss of a network that gives no finite one: worse than any other, and still a number."""
 BATCH = 250
 """Larger batches leave the processor's caches."""
 

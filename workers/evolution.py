@@ -26,6 +26,8 @@ Draw = Callable[[int, np.random.Generator], Genes]
 """Up to so many random encodings (n, g), most of them feasible, found with bounded effort (`Budget.sample`)."""
 Key = Callable[[Encoding], object]
 ROUNDS = 100
+DIVERGED = 1e9
+"""Loss of a network that gives no finite one: worse than any other, and still a number in JSON."""
 
 
 @dataclass(frozen=True, slots=True)

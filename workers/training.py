@@ -5,6 +5,7 @@ that a fresh process needs to go on, bit for bit (on the same machine and number
 """
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from latency_profiler.cost import CostModel
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.spaces.space import CHOICES, Space
 from workers.datasets import Batches, Data
+from workers.evolution import DIVERGED
 from workers.networks import PlainNetwork
 from workers.pruning_net import PruningNet
 from workers.sampling import Genes, numpy_generator, sample
@@ -42,7 +44,8 @@ class TrainingSettings:
     label_smoothing: float = 0.1
     schedule: Literal["linear"] = "linear"
     clip_norm: float | None = None
-    """Gradients are scaled down to this norm; None leaves them."""
+    """Gradients are scaled down to this norm, and dropped where they are not finite; None leaves them. In networks of
+    very few channels a dead one makes gradients explode through its batch norm."""
     normalise: bool = False
     """Whether generated weights are scaled to one deviation (`PruningNet`)."""
     curriculum: float = 0.0
@@ -121,12 +124,16 @@ class Trainer(abc.ABC):
 
     def _end_epoch(self, rate: float) -> None:
         loss, right, count = self._sums.tolist()
-        self.history.append({"epoch": len(self.history), "loss": loss / count, "accuracy": right / count, "rate": rate})
+        loss = loss / count if math.isfinite(loss) else DIVERGED
+        self.history.append({"epoch": len(self.history), "loss": loss, "accuracy": right / count, "rate": rate})
         self._sums.zero_()
 
     def _clip(self, leaves: Sequence[Tensor]) -> None:
-        if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(leaves, self.settings.clip_norm)
+        if self.settings.clip_norm is None:
+            return
+        if not torch.isfinite(nn.utils.clip_grad_norm_(leaves, self.settings.clip_norm)):
+            for leaf in leaves:
+                leaf.grad = torch.zeros_like(leaf)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
@@ -250,7 +257,9 @@ class Structures:
             return random.integers(0, CHOICES, (STRUCTURES, genes), dtype=np.int64)
         low, high = self._band
         smallest, largest = self._flops(np.array([self._space.smallest, self._space.largest]))
-        drawn = sample(self._flops, max(low, smallest), max(smallest, min(high, largest)), genes, STRUCTURES, random)
+        spread = min(1.0, NARROWEST + chunk * STRUCTURES / self._widening) if self._widening else 1.0
+        low, high = max(low, smallest), min(high, largest)
+        drawn = sample(self._flops, low, max(low, high), genes, STRUCTURES, random, spread)
         drawn = drawn[self._flops(drawn) <= high]
         if not len(drawn):
             raise InfeasibleConstraint("flops", high if high < smallest else low, smallest, largest)

@@ -1,6 +1,8 @@
 import itertools
+import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,12 +12,14 @@ from latency_profiler.spaces.registry import get_space
 from workers import checkpoints
 from workers.datasets import Data
 from workers.evaluation import evaluate
+from workers.evaluation import test as score
+from workers.evolution import DIVERGED
 from workers.pruning_net import PruningNet
 from workers.sgd import CroppedSGD, Rule
-from workers.training import PruningNetTrainer, ScratchTrainer, Structures, Trainer, TrainingSettings
+from workers.training import STRUCTURES, PruningNetTrainer, ScratchTrainer, Structures, Trainer, TrainingSettings
 
 SPACE = get_space("mobilenet_v1", 8, 0.125, 4, True)
-SETTINGS = TrainingSettings(epochs=3, batch_size=32, learning_rate=0.05)
+SETTINGS = TrainingSettings(epochs=3, batch_size=32, learning_rate=0.05, clip_norm=10.0, normalise=True, curriculum=0.5)
 CPU = torch.device("cpu")
 LOW, HIGH = 15_000.0, 20_000.0
 Make = Callable[[Data], Trainer]
@@ -49,6 +53,38 @@ def test_interrupted_training_is_bit_equal_to_uninterrupted(make: Make, data: Da
     assert trainer.counters() == whole.counters()
     ours = trainer.state()
     assert all(torch.equal(value, ours[key]) for key, value in whole.state().items())
+
+
+def test_a_diverged_training_says_so_in_numbers_that_json_knows(data: Data) -> None:
+    settings = TrainingSettings(epochs=1, batch_size=32, learning_rate=1e30)
+    trainer = ScratchTrainer(SPACE, SPACE.uniform(0.5), data, settings, 7, CPU)
+    trainer.advance(lambda: False)
+    assert trainer.latest()["loss"] == DIVERGED
+    json.dumps(trainer.counters(), allow_nan=False)
+    assert score(trainer.network, data, CPU).loss == DIVERGED
+
+
+def test_gradients_that_are_not_finite_are_dropped(data: Data) -> None:
+    trainer = scratch(data)
+    before = {name: value.clone() for name, value in trainer.network.named_parameters()}
+    leaf = torch.zeros(3, requires_grad=True)
+    leaf.grad = torch.tensor([1.0, float("inf"), 2.0])
+    trainer._clip([leaf])
+    assert leaf.grad.tolist() == [0, 0, 0]
+    leaf.grad = torch.tensor([0.0, 30.0, 40.0])
+    trainer._clip([leaf])
+    assert leaf.grad.tolist() == pytest.approx([0, 6, 8], rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.named_parameters())
+
+
+def test_a_curriculum_widens_structures_from_nearly_uniform_to_all(data: Data) -> None:
+    drawn = Structures(SPACE, (LOW, HIGH), 7, widening=10 * STRUCTURES)
+    spreads = [
+        np.std([drawn.at(chunk * STRUCTURES + i) for i in range(STRUCTURES)], axis=1).mean() for chunk in (0, 5, 20)
+    ]
+    assert spreads[0] < 0.5 * spreads[1] < spreads[2]
+    whole = Structures(SPACE, (LOW, HIGH), 7)
+    assert drawn.at(20 * STRUCTURES) == whole.at(20 * STRUCTURES)
 
 
 def test_a_state_of_something_else_is_refused(data: Data) -> None:
