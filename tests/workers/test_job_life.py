@@ -239,6 +239,7 @@ def test_a_broken_budget_enters_the_prediction_and_the_search_goes_on(world: Non
     assert job.result["winner"]["measured_ms"]["bench"] <= latency_bound(0.5)["max_ms"]
     assert job.result["rounds"] > 1
     assert job.memory["corrections"]["bench"] == pytest.approx(1.2, abs=0.05)
+    assert job.result["uniform"]["measured_ms"]["bench"] <= 1.05 * latency_bound(0.5)["max_ms"]
 
 
 def test_a_budget_that_breaks_only_in_the_last_measurement_sends_the_job_back(world: None) -> None:

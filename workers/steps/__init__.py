@@ -9,7 +9,7 @@ so the repetition gives the same result.
     margins       device → share that predictions keep from the budget: the table's held-out error
     corrections   device → factor on its predictions, from measurements that broke a budget
     round         how often a measurement has sent the job back to the search
-    uniform       channels of the uniform network at the budget, and `flops`, its multiply-adds
+    flops         multiply-adds of the uniform network at the budget
     net, reused   key of its PruningNet, and whether another job had trained it
     evolution     state of the search
     queue         structures to retrain: role, rank, channels, encoding, proxy accuracy

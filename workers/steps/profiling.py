@@ -55,8 +55,7 @@ def step(context: Context, job: Job) -> Outcome:
     margins = {name: _margin(tables[name], context) for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
     budget, warnings = _budget(context, job, memory)
-    uniform = budget.uniform()
-    memory |= {"uniform": list(uniform), "flops": flops(context.space.layers(uniform))}
+    memory["flops"] = flops(context.space.layers(budget.uniform()))
     with transaction() as session:
         for sha256 in pinned.values():
             blobs.register(session, sha256)

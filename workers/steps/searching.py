@@ -147,7 +147,8 @@ def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]
         for rank, one in enumerate(best)
     ]
     if context.spec.baselines:
-        queue.append(_trial(space, Role.UNIFORM, 0, job.memory["uniform"], None, None))
+        uniform = context.budget(job).uniform()  # under the corrections of now
+        queue.append(_trial(space, Role.UNIFORM, 0, uniform, None, None))
     return queue
 
 
