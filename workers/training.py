@@ -255,14 +255,15 @@ class Structures:
         genes, random = len(self._space.genes), numpy_generator(self._seed, "structures", chunk)
         if self._band is None:
             return random.integers(0, CHOICES, (STRUCTURES, genes), dtype=np.int64)
-        low, high = self._band
-        smallest, largest = self._flops(np.array([self._space.smallest, self._space.largest]))
+        asked_low, asked_high = self._band
+        smallest, largest = self._flops(np.array([self._space.smallest, self._space.largest])).tolist()
+        low, high = max(asked_low, smallest), min(asked_high, largest)
         spread = min(1.0, NARROWEST + chunk * STRUCTURES / self._widening) if self._widening else 1.0
-        low, high = max(low, smallest), min(high, largest)
-        drawn = sample(self._flops, low, max(low, high), genes, STRUCTURES, random, spread)
-        drawn = drawn[self._flops(drawn) <= high]
+        drawn = np.empty((0, genes), dtype=np.int64)
+        if low <= high:
+            drawn = sample(self._flops, low, high, genes, STRUCTURES, random, spread)
         if not len(drawn):
-            raise InfeasibleConstraint("flops", high if high < smallest else low, smallest, largest)
+            raise InfeasibleConstraint("flops", asked_high if asked_high < smallest else asked_low, smallest, largest)
         return drawn
 
     def _flops(self, encodings: Genes) -> npt.NDArray[np.float64]:
