@@ -174,7 +174,7 @@ def save_step(session: Session, claim: Claim, **changes: Any) -> None:
         LeaseLost: the claim does not hold any more; roll everything back.
     """
     old = session.scalar(select(Job.state).where(Job.id == claim.job_id))
-    _write(session, claim, {"attempts": 0, "steps": Job.steps + 1, **changes})
+    _write(session, claim, {"attempts": 0, "error": None, "steps": Job.steps + 1, **changes})
     if "state" in changes and changes["state"] is not old:
         add_event(session, claim.job_id, "state", {"state": changes["state"]})
 
@@ -197,7 +197,7 @@ def finish(session: Session, claim: Claim, state: JobState, **changes: Any) -> N
     Raises:
         LeaseLost: the claim does not hold any more.
     """
-    cancelled = _write(session, claim, changes).cancel_requested_at is not None
+    cancelled = _write(session, claim, {"error": None, **changes}).cancel_requested_at is not None
     _end(session, claim.job_id, JobState.CANCELLED if cancelled else state)
 
 
