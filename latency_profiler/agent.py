@@ -6,6 +6,7 @@ given out anew, and an upload that was sent twice is stored once. The service be
 
 import argparse
 import hashlib
+import json
 import logging
 import os
 import signal
@@ -146,6 +147,14 @@ class Agent:
             self._spool.drop(upload)
 
 
+class JsonLines(logging.Formatter):
+    """What the agent says, as one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time (seconds since 1970), level and message."""
+        return json.dumps({"time": record.created, "level": record.levelname, "message": record.getMessage()})
+
+
 def run(options: Options) -> None:
     """Run an agent in this process until SIGTERM or SIGINT; a second signal ends it at once.
 
@@ -187,9 +196,12 @@ def read_token(token: str | None, file: Path | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m latency_profiler.agent`: exit status 0 when stopped, 1 when the agent cannot work."""
+    given = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    given = _parser().parse_args(arguments)
+    if given.json:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
     try:
         settings = Settings(given.threads, given.batch, given.dtype)
         token = read_token(given.token, given.token_file)
@@ -212,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="images per run")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--spool", type=Path, help="folder for measurements that could not be handed in yet")
+    parser.add_argument("--json", action="store_true", help="log one JSON object a line")
     parser.add_argument("--once", action="store_true", help="end when there is nothing to measure")
     return parser
 

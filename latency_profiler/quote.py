@@ -10,10 +10,12 @@ from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.space import Space
 
 
-def quote(space: Space, channels: Sequence[int], table: LatencyTable | None = None) -> dict[str, Any]:
+def quote(
+    space: Space, channels: Sequence[int], table: LatencyTable | None = None, encoding: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Costs of a structure; with a table also its latency, and each layer's milliseconds and share of their sum.
 
-    `encoding` is None for widths that are no choices of the space.
+    The answer's encoding is the given one, else the canonical one; None for widths that are no choices of the space.
 
     Raises:
         InvalidChannels: channels that the space cannot hold.
@@ -27,7 +29,7 @@ def quote(space: Space, channels: Sequence[int], table: LatencyTable | None = No
         "image_size": space.image_size,
         "width": space.width,
         "classes": space.classes,
-        "encoding": _encoding(space, channels),
+        "encoding": _encoding(space, channels) if encoding is None else list(encoding),
         "channels": list(channels),
         "flops": cost.flops(layers),
         "authors_flops": cost.authors_flops(space, channels),

@@ -117,6 +117,8 @@ class Up:
     workers: int
     agent: bool
     say: Say
+    announce: Callable[[dict[str, Any]], None] | None = None
+    """Told once that the service is ready, in place of the words for people."""
     children: list[Child] = field(default_factory=list)
     scratch: Path | None = None
     """A short folder for the broker's socket, where the home's path is too long for one."""
@@ -300,6 +302,9 @@ class Up:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _greet(self, key: str | None) -> None:
+        if self.announce is not None:
+            self.announce({"server": self.url, "home": str(self.home), "key": key})
+            return
         self.say(f"Secateurs is ready at {self.url}  (home: {self.home}, logs: {self.home / 'logs'})")
         if key:
             self.say(f"API key (kept in {self.home / 'client.json'}): {key}")

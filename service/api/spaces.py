@@ -161,7 +161,7 @@ def price(space: Name, request: PriceRequest) -> PriceQuote:
     channels = (
         found.channels(request.encoding) if request.encoding is not None else found.complete(request.channels or [])
     )
-    answer = quote(found, channels)
+    answer = quote(found, channels, encoding=request.encoding)
     for layer, node in zip(answer["layers"], found.nodes(channels), strict=True):
         layer["out_size"] = node.layer.out_size
     for device in dict.fromkeys(request.devices):

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,21 +26,26 @@ def up(
     port: Annotated[int, typer.Option(envvar="SECATEURS_PORT", min=1, max=65535)] = 8740,
     workers: Annotated[int, typer.Option(min=1, help="How many jobs may run at once.")] = 1,
     agent: Annotated[bool, typer.Option(help="Measure on this machine as device this-machine.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Run the whole service on this machine, with nothing else to install; Ctrl-C stops it."""
-    Up((home or home_folder()).absolute(), host, port, workers, agent, typer.echo).run()
+    say = partial(typer.echo, err=as_json)
+    announce = tables.show_json if as_json else None
+    Up((home or home_folder()).absolute(), host, port, workers, agent, say, announce).run()
 
 
 def agent(
     device: Annotated[str, typer.Option(help="Name under which the device is registered.")],
     server: Annotated[str, typer.Option(envvar="SECATEURS_SERVER", help="Address of the service.")],
     token: Annotated[str | None, typer.Option(envvar="SECATEURS_TOKEN", help="The device's token.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say what happens as one JSON object a line.")] = False,
     context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
     """Measure on this machine for a service; further options are the agent's own (see --runtime, --threads)."""
     if not token:
         raise InvalidInput("no token: set SECATEURS_TOKEN to what `secateurs devices add` printed")
-    command = [sys.executable, "-m", "latency_profiler.agent", "--server", server, "--device", device, *context.args]
+    command = [sys.executable, "-m", "latency_profiler.agent", "--server", server, "--device", device]
+    command += [*(["--json"] if as_json else []), *context.args]
     os.execve(sys.executable, command, os.environ | {"SECATEURS_TOKEN": token})
 
 
@@ -60,17 +67,18 @@ def price(
     if last_layer not in ("fixed", "free"):
         raise InvalidInput(f"--last-layer is {last_layer!r}; it must be fixed or free")
     place = get_space(space, image_size, width, classes, last_layer == "free")
-    structure = _channels(place, encoding, channels)
-    answer = quote(place, structure, _table(table, device, server, key))
+    genes = None if encoding is None else parse_integers(encoding)
+    structure = _channels(place, genes, channels)
+    answer = quote(place, structure, _table(table, device, server, key), genes)
     tables.show_json(answer) if as_json else tables.show_price(out, answer)
 
 
-def _channels(space: Space, encoding: str | None, channels: str | None) -> tuple[int, ...]:
+def _channels(space: Space, encoding: Sequence[int] | None, channels: str | None) -> tuple[int, ...]:
     if encoding is not None and channels is not None:
         raise InvalidInput("give --encoding or --channels, not both")
     if channels is not None:
         return space.complete(parse_integers(channels))
-    return space.channels(space.largest if encoding is None else parse_integers(encoding))
+    return space.channels(space.largest if encoding is None else encoding)
 
 
 def _table(file: Path | None, device: str | None, server: str | None, key: str | None) -> LatencyTable | None:

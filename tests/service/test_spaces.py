@@ -50,7 +50,10 @@ def test_a_price_is_the_command_lines_price(client: TestClient) -> None:
     answer = client.post("/v1/spaces/mobilenet_v2/price", json=body).json()
     channels = space.channels(encoding)
     assert answer["authors_flops"] == authors_flops(space, channels)
-    assert answer["encoding"] == list(space.encoding(channels))
+    assert answer["encoding"] == encoding
+    by_widths = {**body, "encoding": None, "channels": list(channels)}
+    canonical = client.post("/v1/spaces/mobilenet_v2/price", json=by_widths).json()["encoding"]
+    assert canonical == list(space.encoding(channels))
     for name, table in tables.items():
         alone = quote(space, channels, table)
         assert answer["latency_ms"][name] == pytest.approx(alone["latency_ms"])
