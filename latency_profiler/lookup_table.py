@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -314,10 +314,7 @@ def _unit_layer(unit: Unit, c_in: int, c_out: int) -> Layer:
     """The unit's layer at two widths."""
     source = Slot("", c_in, None)
     target = source if unit.source is unit.target else Slot("", c_out, None)
-    return Unit(
-        unit.name, unit.op, source, target, unit.size, unit.input, unit.kernel, unit.stride, unit.padding,
-        unit.activation, unit.norm, unit.shortcut, unit.features,
-    ).layer(())  # fmt: skip
+    return replace(unit, source=source, target=target).layer(())
 
 
 def _matrix(table: LatencyTable, unit: Unit) -> tuple[Ints, Ints, Floats]:

@@ -10,7 +10,7 @@ import torch
 from sqlalchemy import select, update
 
 from latency_profiler.cost import flops, layer_flops
-from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
 from latency_profiler.layers import Layer
 from latency_profiler.spaces.registry import get_space
 from service.settings import get_settings
@@ -257,6 +257,20 @@ def test_a_budget_that_no_measurement_holds_fails_with_the_figures(world: None) 
         run(submit(latency_bound(0.5)), bench)
     assert len(broken.value.figures) > 1
     assert all(one["measured_ms"] > one["max_ms"] for one in broken.value.figures)
+
+
+def test_corrections_that_leave_no_candidate_end_the_job_with_a_reason(world: None) -> None:
+    bench, job_id = Bench(), submit(latency_bound(0.5))
+    context = Context(take(job_id), get_settings(), Console())
+    while (memory := read(job_id).memory).get("evolution", {}).get("generation") != 3:
+        if advance(context, read(job_id)).wait is not None:
+            bench.measure()
+    figures = [{"device": "bench", "round": 0, "max_ms": 1.0, "predicted_ms": 1.0, "measured_ms": 1.5}]
+    for more, reason in (({"figures": figures}, BudgetBroken), ({}, NothingFeasible)):
+        with transaction() as session:
+            jobs.save_step(session, context.claim, memory={**memory, "corrections": {"bench": 1.5}, **more})
+        with pytest.raises(reason):
+            advance(context, read(job_id))
 
 
 def test_a_prediction_that_is_too_pessimistic_is_corrected_and_the_budget_used(world: None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from latency_profiler.cost import Metric
-from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
 from latency_profiler.spaces.space import Space
 from service.store import candidates, devices, jobs
 from service.store.candidates import Judged
@@ -95,14 +95,16 @@ def _rows(budget: Budget, proposals: list[Proposal], scores: list[Score]) -> lis
 def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     """To `retraining`, unless a first measurement says that the winner breaks its budget."""
     best = search.winner()
-    assert best is not None  # a search ends without a feasible candidate only by raising
+    if best is None:  # corrections have made all that was judged infeasible, and nothing else was found
+        raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
     channels, memory = context.space.channels(best.proposal.encoding), dict(job.memory)
     structure_id = context.space.digest(channels)
     with transaction() as session:
         purpose, clock = f"check-{job.id}-{memory['round']}", jobs.clock(session)
         found = measuring.look(session, context, context.constrained_devices, purpose, {structure_id: channels})
-        memory["since"] = memory.get("since") or clock
-        jobs.save_step(session, context.claim, memory=memory)
+        if not memory.get("since"):
+            memory["since"] = clock
+            jobs.save_step(session, context.claim, memory=memory)
     measured = found[structure_id]
     if len(measured) < len(context.constrained_devices) and clock - memory["since"] < CHECK_SECONDS:
         return FOR_DEVICE

@@ -21,8 +21,9 @@ def step(context: Context, job: Job) -> Outcome:
     with transaction() as session:
         clock = jobs.clock(session)
         found = measuring.look(session, context, context.devices, f"verify-{job.id}-{memory['round']}", networks)
-        memory["since"] = memory.get("since") or clock
-        jobs.save_step(session, context.claim, memory=memory)
+        if not memory.get("since"):
+            memory["since"] = clock
+            jobs.save_step(session, context.claim, memory=memory)
     away = [name for name in context.devices if any(name not in found.get(one, {}) for one in networks)]
     if _must_wait(context, away, clock - memory["since"]):
         context.console.say({"phase": "verifying", "waits_for": away})
