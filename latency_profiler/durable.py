@@ -19,6 +19,11 @@ def save(target: Path, content: bytes) -> None:
         raise
 
 
+def place(folder: Path, sha256: str) -> Path:
+    """Where the file of this content lies below a folder of files that are named by their content."""
+    return folder / sha256[:2] / sha256
+
+
 def flush(path: Path) -> None:
     """Have a file's content, or a folder's names, on the disk."""
     handle = os.open(path, os.O_RDONLY)

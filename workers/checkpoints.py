@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latency_profiler.durable import flush
+from latency_profiler.durable import flush, place
 from latency_profiler.errors import DamagedCheckpoint
 
 META = "secateurs"
@@ -59,11 +59,6 @@ def load_meta(path: Path, sha256: str) -> dict[str, Any]:
     return _read(path, sha256)[1]
 
 
-def path_of(folder: Path, sha256: str) -> Path:
-    """Where `save` and `write_blob` put the file of this content."""
-    return folder / sha256[:2] / sha256
-
-
 def _read(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if (found := _digest(path)) != sha256:
@@ -85,7 +80,7 @@ def _temporary(folder: Path) -> Path:
 def _keep(folder: Path, temporary: Path) -> str:
     """Flush a finished file and move it to its place."""
     sha256 = _digest(temporary)
-    target = path_of(folder, sha256)
+    target = place(folder, sha256)
     target.parent.mkdir(exist_ok=True)
     flush(temporary)
     temporary.replace(target)

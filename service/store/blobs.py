@@ -6,13 +6,14 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from latency_profiler.durable import place
 from service.settings import get_settings
 from service.store.models import Blob
 
 
 def blob_path(sha256: str) -> Path:
     """Where the file of this content lies."""
-    return get_settings().blobs / sha256[:2] / sha256
+    return place(get_settings().blobs, sha256)
 
 
 def register(session: Session, sha256: str) -> None:

@@ -3,6 +3,7 @@ import hashlib
 import pytest
 import torch
 
+from latency_profiler.durable import place
 from latency_profiler.errors import DamagedCheckpoint
 from workers import checkpoints
 
@@ -11,7 +12,7 @@ TENSORS = {"a": torch.arange(6).reshape(2, 3), "b.c": torch.randn(3, 4).t(), "em
 
 def test_round_trip_by_content(tmp_path) -> None:
     sha256 = checkpoints.save(tmp_path, TENSORS, {"step": 3})
-    path = checkpoints.path_of(tmp_path, sha256)
+    path = place(tmp_path, sha256)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256 == path.name
     loaded = checkpoints.load(path, sha256)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
@@ -22,13 +23,13 @@ def test_round_trip_by_content(tmp_path) -> None:
 
 def test_bytes(tmp_path) -> None:
     sha256 = checkpoints.write_blob(tmp_path, b"model")
-    assert checkpoints.path_of(tmp_path, sha256).read_bytes() == b"model"
+    assert place(tmp_path, sha256).read_bytes() == b"model"
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:100] + b"x" + raw[101:], lambda raw: b""])
 def test_damage_is_noticed(tmp_path, damage) -> None:
     sha256 = checkpoints.save(tmp_path, TENSORS)
-    path = checkpoints.path_of(tmp_path, sha256)
+    path = place(tmp_path, sha256)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DamagedCheckpoint, match=sha256[:8]):
         checkpoints.load(path, sha256)
@@ -38,4 +39,4 @@ def test_what_is_no_checkpoint_or_missing(tmp_path) -> None:
     sha256 = checkpoints.write_blob(tmp_path, b"\x80\x04pickle")
     for name in (sha256, "0" * 64):
         with pytest.raises(DamagedCheckpoint):
-            checkpoints.load(checkpoints.path_of(tmp_path, name), name)
+            checkpoints.load(place(tmp_path, name), name)

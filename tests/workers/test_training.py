@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from latency_profiler.cost import flops
+from latency_profiler.durable import place
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.spaces.registry import get_space
 from workers import checkpoints
@@ -47,7 +48,7 @@ def test_interrupted_training_is_bit_equal_to_uninterrupted(make: Make, data: Da
     for steps in (1, 3, 2, 100):  # in the first step, at an epoch's end, within an epoch, to the end
         trainer.advance(after(steps))
         sha256 = checkpoints.save(tmp_path, trainer.state())
-        tensors, counters = checkpoints.load(checkpoints.path_of(tmp_path, sha256), sha256), trainer.counters()
+        tensors, counters = checkpoints.load(place(tmp_path, sha256), sha256), trainer.counters()
         trainer = make(data)
         trainer.restore(tensors, counters)
     assert trainer.counters() == whole.counters()
