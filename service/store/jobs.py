@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, func, or_, select, tuple_, update
+from sqlalchemy import CursorResult, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from latency_profiler.errors import NotFound, SecateursError
 from service.specs import JobRequest
-from service.store.models import TERMINAL, Job, JobEvent, JobState, now
+from service.store.models import TERMINAL, Chunk, Job, JobEvent, JobState, now
 
 
 class JobStateConflict(SecateursError):
@@ -224,11 +224,12 @@ def _write(session: Session, claim: Claim, values: dict[str, Any]) -> Job:
 
 
 def _end(session: Session, job_id: str, state: JobState, **changes: Any) -> None:
-    """Into a terminal state, once."""
+    """Into a terminal state, once; nobody scores for the job any more."""
     values = {"state": state, "owner": None, "lease_until": None, "finished_at": now(), "updated_at": now(), **changes}
     done = session.execute(update(Job).where(Job.id == job_id, Job.state.not_in(TERMINAL)).values(**values))
     assert isinstance(done, CursorResult)
     if done.rowcount:
+        session.execute(delete(Chunk).where(Chunk.job_id == job_id))
         facts = {name: value for name, value in changes.items() if name == "error"}
         add_event(session, job_id, "state", {"state": state, **facts})
 

@@ -101,6 +101,8 @@ class Role(StrEnum):
 
     WINNER = "winner"
     UNIFORM = "uniform"
+    FIDELITY = "fidelity"
+    """A random structure of the budget, to see whether the PruningNet ranks structures as training does."""
 
 
 def _enum(kind: type[StrEnum]) -> Enum:
@@ -319,6 +321,8 @@ class PruningNet(Base):
     checkpoint: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"))
     trainer_job_id: Mapped[str | None] = mapped_column(String(32))
     """The job that trains it now; others wait for it."""
+    fidelity: Mapped[list[Any]] = mapped_column(default=list)
+    """How well it ranks structures, as the last job that asked has found (`workers.steps.fidelity`)."""
     created_at: Mapped[float] = mapped_column(default=now())
 
 
@@ -445,6 +449,30 @@ class Candidate(Base):
     """Encoding keys of its parents."""
 
 
+class Chunk(Base):
+    """A part of a generation that one worker scores at a time; gone when the generation is told or the job has ended."""
+
+    __tablename__ = "chunks"
+    __table_args__ = (
+        UniqueConstraint("job_id", "batch", "position"),
+        CheckConstraint("owner IS NULL OR lease_until IS NOT NULL", name="lease"),
+    )
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    batch: Mapped[str] = mapped_column(String(64))
+    """Digest of all that the scores of its generation depend on: encodings, PruningNet, environment."""
+    position: Mapped[int]
+    environment: Mapped[str] = mapped_column(Text)
+    """What the scores are reproducible with, as canonical JSON; a worker with another one leaves the chunk alone."""
+    encodings: Mapped[list[Any]]
+    scores: Mapped[list[Any] | None]
+    """[accuracy, loss] of each encoding, once it is done."""
+    owner: Mapped[str | None] = mapped_column(String(100))
+    fence: Mapped[int] = mapped_column(default=0)
+    """Grows with every claim; scores are taken from the last one only."""
+    lease_until: Mapped[float | None]
+
+
 class Result(Base):
     """A structure that a job trained from scratch, and what came out."""
 
@@ -469,6 +497,10 @@ class Result(Base):
     """`weights.safetensors`."""
     model: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"))
     """`model.onnx`."""
+    recipe: Mapped[str | None] = mapped_column(String(64), index=True)
+    """Digest of all that determines the outcome; None where the job changed machines, so that nobody takes it over."""
+    reused: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Taken over from an earlier training by the same recipe."""
     created_at: Mapped[float] = mapped_column(default=now())
 
 

@@ -29,6 +29,7 @@ def test_up_and_down_and_up(home: object) -> None:
 
 def test_an_old_schema_is_refused(database: str, capsys: pytest.CaptureFixture[str]) -> None:
     with get_engine().begin() as connection:
+        head = connection.scalar(text("SELECT version_num FROM alembic_version"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0000'"))
     try:
         with pytest.raises(admin.SchemaMismatch, match="0000"), TestClient(create_app()):
@@ -38,7 +39,7 @@ def test_an_old_schema_is_refused(database: str, capsys: pytest.CaptureFixture[s
         assert TestClient(create_app()).get("/readyz").status_code == 503
     finally:
         with get_engine().begin() as connection:
-            connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+            connection.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": head})
 
 
 def test_commands(home: object, capsys: pytest.CaptureFixture[str]) -> None:
