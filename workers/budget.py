@@ -16,9 +16,11 @@ from latency_profiler.cost import Constraint, CostModel, Ints, Metric
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.space import Space
-from workers.sampling import Genes, sample
+from workers.sampling import Genes, repair, sample
 
 Floats = npt.NDArray[np.float64]
+CROWD = 10
+"""An enumeration holds so many times the structures that it looks for before it gives up."""
 SMALLEST_SHARE = 0.10
 """The grid begins at a tenth of the base widths, and so does the uniform network."""
 
@@ -53,8 +55,10 @@ class Budget:
         self._latencies = {device: LatencyModel(table, space) for device, table in tables.items()}
         self._widths = np.array(space.choices)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
-        largest = float(self.tightness(np.array([space.largest]))[0])
+        self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
+        smallest, largest = self.tightness(np.array([space.smallest, space.largest])).tolist()
         self.least = least_share * min(1.0, largest)
+        self._band = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints)), min(1.0, largest)
         self._check()
 
     def channels(self, encodings: Genes) -> Ints:
@@ -73,24 +77,56 @@ class Budget:
 
     def tightness(self, encodings: Genes, of: Sequence[Constraint] = ()) -> Floats:
         """The largest share (n,) of an upper bound that encodings (n, g) use, of all constraints or of some."""
-        costs = self.costs(encodings)
-        shares = [_values(costs, constraint) / constraint.maximum for constraint in of or self.constraints]
-        tightest: Floats = np.max(np.array(shares), axis=0)
-        return tightest
+        return _tightest(self.costs(encodings), of or self.constraints)
 
     def feasible(self, encodings: Genes) -> npt.NDArray[np.bool_]:
         """Which of encodings (n, g) satisfy every bound and use enough of the budget."""
         costs = self.costs(encodings)
-        allowed = self.tightness(encodings) >= self.least
+        allowed: npt.NDArray[np.bool_] = _tightest(costs, self.constraints) >= self.least
         for constraint in self.constraints:
             values = _values(costs, constraint)
             allowed &= (values >= constraint.minimum) & (values <= constraint.maximum)
         return allowed
 
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
-        """Up to `count` random feasible encodings, bounded in effort."""
-        drawn = sample(self.tightness, self.least, 1.0, len(self.space.genes), count, rng)
+        """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
+        drawn = self._canonical(sample(self.tightness, *self._band, len(self.space.genes), count, rng))
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
+
+    def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:
+        """Encodings (n, g) moved into the budget where they are outside, with as few changes as that takes."""
+        return self._canonical(repair(self.tightness, *self._band, encodings, rng))
+
+    def everything(self, most: int) -> Genes | None:
+        """All feasible structures, one encoding each; None where there are more than `most`, found out at bounded cost.
+
+        Genes are chosen one after the other; what is chosen so far is dropped where it breaks an upper bound even with
+        the smallest widths behind it, or a lower one even with the largest.
+        """
+        heads = np.empty((1, 0), dtype=np.int64)
+        for gene, firsts in enumerate(self._first):
+            choices = np.unique(firsts)
+            heads = np.column_stack([heads.repeat(len(choices), axis=0), np.tile(choices, len(heads))])
+            heads = heads[self._promising(heads)]
+            if len(heads) > (CROWD if gene + 1 < len(self._first) else 1) * most:
+                return None
+        return heads
+
+    def _promising(self, heads: Genes) -> npt.NDArray[np.bool_]:
+        """Which first genes (n, k) some other genes could make feasible, as far as costs that grow with genes tell."""
+        small, large = (
+            np.column_stack([heads, np.tile(np.array(end[heads.shape[1] :], dtype=np.int64), (len(heads), 1))])
+            for end in (self.space.smallest, self.space.largest)
+        )
+        least, greatest = self.costs(small), self.costs(large)
+        promising: npt.NDArray[np.bool_] = _tightest(greatest, self.constraints) >= self.least
+        for bound in self.constraints:
+            promising &= (_values(least, bound) <= bound.maximum) & (_values(greatest, bound) >= bound.minimum)
+        return promising
+
+    def _canonical(self, encodings: Genes) -> Genes:
+        """The smallest choices that give the same widths."""
+        return self._first[np.arange(len(self._first)), encodings]
 
     def predict(self, channels: Sequence[int]) -> dict[str, float]:
         """Corrected seconds of any channels, also off the grid, on every device that has a table."""
@@ -122,6 +158,12 @@ class Budget:
             if constraint.maximum < smallest or constraint.minimum > largest:
                 asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum
                 raise InfeasibleConstraint(constraint.metric, asked, smallest, largest, constraint.device)
+
+
+def _tightest(costs: Costs, constraints: Sequence[Constraint]) -> Floats:
+    shares = [_values(costs, constraint) / constraint.maximum for constraint in constraints]
+    tightest: Floats = np.max(np.array(shares), axis=0)
+    return tightest
 
 
 def _values(costs: Costs, constraint: Constraint) -> Floats:

@@ -5,12 +5,13 @@ so the JSON state holds no generator, and a search that is resumed proposes what
 
 Unlike the authors' script the last generation is scored too, no encoding is scored twice in a run, and proposals are
 bounded in number: where a budget leaves fewer structures than asked for, a generation is smaller, and the search ends
-when there is none left. Letters: n encodings, g genes.
+when there is none left. Where it leaves no more than the search may judge, all of them are judged, in order. Random
+search is the same without parents. Letters: n encodings, g genes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,29 @@ from latency_profiler.spaces.space import CHOICES
 from workers.sampling import Genes, numpy_generator
 
 Encoding = tuple[int, ...]
-Feasible = Callable[[Genes], npt.NDArray[np.bool_]]
-"""Which of encodings (n, g) satisfy every constraint."""
-Draw = Callable[[int, np.random.Generator], Genes]
-"""Up to so many random encodings (n, g), most of them feasible, found with bounded effort (`Budget.sample`)."""
 Key = Callable[[Encoding], object]
 ROUNDS = 100
 DIVERGED = 1e9
 """Loss of a network that gives no finite one: worse than any other, and still a number in JSON."""
+
+
+class Limits(Protocol):
+    """What a search asks of its constraints (`Budget`); every effort is bounded."""
+
+    def feasible(self, encodings: Genes, /) -> npt.NDArray[np.bool_]:
+        """Which of encodings (n, g) satisfy every constraint."""
+
+    def sample(self, count: int, rng: np.random.Generator, /) -> Genes:
+        """Up to `count` random encodings, most of them feasible."""
+
+    def repair(self, encodings: Genes, rng: np.random.Generator, /) -> Genes:
+        """The encodings, those outside the constraints changed a little so that most of them are inside."""
+
+    def everything(self, most: int, /) -> Genes | None:
+        """All feasible structures, one encoding of each, in a fixed order; None where there are more than `most`."""
+
+    def tightness(self, encodings: Genes, /) -> npt.NDArray[np.float64]:
+        """The share (n,) of the upper bound that encodings (n, g) use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +55,9 @@ class Settings:
     parents: int = 10
     mutation_probability: float = 0.1
     rank_by: Literal["accuracy", "loss"] = "accuracy"
+    strategy: Literal["evolution", "random"] = "evolution"
+    repair: bool = False
+    near: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +70,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """An encoding to be scored, how it was born (`random`, `mutation`, `crossover`) and of which encodings."""
+    """An encoding to be scored, how it was born (`random`, `mutation`, `crossover` or `enumeration`) and of whom."""
 
     encoding: Encoding
     birth: str
@@ -73,12 +92,14 @@ class Evolution:
     All proposals are feasible, also for a search that was reopened or read back under other constraints.
     """
 
-    def __init__(self, settings: Settings, seed: int, draw: Draw, feasible: Feasible) -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Settings, seed: int, limits: Limits) -> None:
+        self.settings, self.seed, self.limits = settings, seed, limits
         self.generation, self.generations = 0, settings.generations
         self.judged: list[Judged] = []
         self.exhausted = False
-        self._draw, self._feasible = draw, feasible
+        """Nothing is left to judge."""
+        self.exhaustive: bool | None = None
+        """Whether all feasible structures are judged; None until the first proposal under the limits of now."""
         self._pending: list[Proposal] | None = None
 
     @property
@@ -113,16 +134,16 @@ class Evolution:
         self.generation += 1
         self._pending = None
 
-    def reopen(self, draw: Draw, feasible: Feasible, generations: int) -> None:
+    def reopen(self, limits: Limits, generations: int) -> None:
         """Search on under other constraints: judged candidates that satisfy them stay, more generations follow."""
-        self._draw, self._feasible, self._pending = draw, feasible, None
-        self.generations, self.exhausted = self.generation + generations, False
+        self.limits, self._pending = limits, None
+        self.generations, self.exhausted, self.exhaustive = self.generation + generations, False, None
 
     def ranking(self) -> list[Judged]:
         """Feasible candidates, best first; ties by age."""
         if not self.judged:
             return []
-        keep = self._feasible(np.asarray([one.proposal.encoding for one in self.judged], dtype=np.int64))
+        keep = self.limits.feasible(genes_of([one.proposal.encoding for one in self.judged]))
         return sorted((one for one, kept in zip(self.judged, keep, strict=True) if kept), key=self._badness)
 
     def winner(self) -> Judged | None:
@@ -149,7 +170,7 @@ class Evolution:
         """All of the search's state."""
         return {
             "settings": asdict(self.settings), "seed": self.seed, "generation": self.generation,
-            "generations": self.generations, "exhausted": self.exhausted,
+            "generations": self.generations, "exhausted": self.exhausted, "exhaustive": self.exhaustive,
             "judged": [
                 [one.generation, one.proposal.encoding, one.proposal.birth, one.proposal.parents,
                  one.score.accuracy, one.score.loss] for one in self.judged
@@ -157,11 +178,11 @@ class Evolution:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, state: dict[str, Any], draw: Draw, feasible: Feasible) -> "Evolution":
+    def from_json(cls, state: dict[str, Any], limits: Limits) -> Self:
         """Inverse of `to_json`."""
-        search = cls(Settings(**state["settings"]), state["seed"], draw, feasible)
+        search = cls(Settings(**state["settings"]), state["seed"], limits)
         search.generation, search.generations = state["generation"], state["generations"]
-        search.exhausted = state["exhausted"]
+        search.exhausted, search.exhaustive = state["exhausted"], state.get("exhaustive", False)
         for generation, encoding, birth, parents, accuracy, loss in state["judged"]:
             proposal = Proposal(tuple(encoding), birth, tuple(tuple(parent) for parent in parents))
             search.judged.append(Judged(proposal, Score(accuracy, loss), generation))
@@ -172,29 +193,66 @@ class Evolution:
 
     def _breed(self) -> list[Proposal]:
         """Mutants, then children, then random structures; all new and feasible."""
-        parents = [one.proposal.encoding for one in self.ranking()[: self.settings.parents]]
-        nursery = Nursery({one.proposal.encoding for one in self.judged}, self._feasible)
-        population, half = self.settings.population, self.settings.population // 2
+        known = {one.proposal.encoding for one in self.judged}
+        if (left := self._left(known)) is not None:
+            return [Proposal(encoding, "enumeration") for encoding in left[: self.settings.population]]
+        nursery, half = Nursery(known, self.limits.feasible), self.settings.population // 2
+        parents = self._parents() if self.settings.strategy == "evolution" else []
         if parents:
-            mutation = numpy_generator(self.seed, "evolution", self.generation, "mutation")
-            nursery.fill(half, lambda: mutants(mutation, parents, half, self.settings.mutation_probability))
+            mutation = self._generator("mutation")
+            nursery.fill(
+                half,
+                lambda: self._repaired(
+                    mutants(mutation, parents, half, self.settings.mutation_probability, self.settings.near), mutation
+                ),
+            )
         if len(parents) > 1:
-            crossover = numpy_generator(self.seed, "evolution", self.generation, "crossover")
-            nursery.fill(half + len(nursery.born), lambda: children(crossover, parents, half))
-        fresh = numpy_generator(self.seed, "evolution", self.generation, "random")
-        nursery.fill(population, lambda: self._strangers(fresh, population))
+            crossover = self._generator("crossover")
+            nursery.fill(
+                half + len(nursery.born), lambda: self._repaired(children(crossover, parents, half), crossover)
+            )
+        fresh = self._generator("random")
+        nursery.fill(self.settings.population, lambda: self._strangers(fresh))
         if not nursery.born and not self.judged:
             raise NothingFeasible
         return nursery.born
 
-    def _strangers(self, generator: np.random.Generator, count: int) -> list[Proposal]:
-        return [Proposal(tuple(genes), "random") for genes in self._draw(count, generator).tolist()]
+    def _parents(self) -> list[Encoding]:
+        """Who breeds."""
+        return [one.proposal.encoding for one in self.ranking()[: self.settings.parents]]
+
+    def _left(self, known: set[Encoding]) -> list[Encoding] | None:
+        """What is left to judge of all feasible structures; None where that is more than the search may judge."""
+        if self.exhaustive is False or self.settings.strategy == "random":
+            return None
+        evaluations = (self.generations - self.generation) * self.settings.population
+        everything = self.limits.everything(len(known) + evaluations)
+        left = None if everything is None else [one for one in map(tuple, everything.tolist()) if one not in known]
+        self.exhaustive = left is not None and (len(left) <= evaluations or bool(self.exhaustive))
+        if not self.exhaustive:
+            return None
+        if not left and not self.judged:
+            raise NothingFeasible
+        return left
+
+    def _generator(self, phase: str) -> np.random.Generator:
+        return numpy_generator(self.seed, "evolution", self.generation, phase)
+
+    def _strangers(self, generator: np.random.Generator) -> list[Proposal]:
+        drawn = self.limits.sample(self.settings.population, generator)
+        return [Proposal(tuple(genes), "random") for genes in drawn.tolist()]
+
+    def _repaired(self, litter: list[Proposal], generator: np.random.Generator) -> list[Proposal]:
+        if not self.settings.repair:
+            return litter
+        encodings = self.limits.repair(genes_of([one.encoding for one in litter]), generator)
+        return [replace(one, encoding=tuple(genes)) for one, genes in zip(litter, encodings.tolist(), strict=True)]
 
 
 class Nursery:
     """Collects proposals that are feasible and were never judged nor proposed."""
 
-    def __init__(self, known: set[Encoding], feasible: Feasible) -> None:
+    def __init__(self, known: set[Encoding], feasible: Callable[[Genes], npt.NDArray[np.bool_]]) -> None:
         self.born: list[Proposal] = []
         self._known, self._feasible = known, feasible
 
@@ -206,22 +264,31 @@ class Nursery:
             litter = breed()
             if not litter:
                 return
-            keep = self._feasible(np.asarray([one.encoding for one in litter], dtype=np.int64))
+            keep = self._feasible(genes_of([one.encoding for one in litter]))
             for one, kept in zip(litter, keep, strict=True):
                 if kept and one.encoding not in self._known and len(self.born) < size:
                     self._known.add(one.encoding)
                     self.born.append(one)
 
 
+def genes_of(encodings: Sequence[Encoding]) -> Genes:
+    """Encodings as one array (n, g)."""
+    return np.asarray(encodings, dtype=np.int64)
+
+
 def mutants(
-    generator: np.random.Generator, parents: Sequence[Encoding], count: int, probability: float
+    generator: np.random.Generator, parents: Sequence[Encoding], count: int, probability: float, near: float = 0.0
 ) -> list[Proposal]:
     """Each gene of a random parent changes with `probability`, to any of the 30 other choices alike."""
-    genes = np.asarray(parents, dtype=np.int64)
+    genes = genes_of(parents)
     chosen = generator.integers(0, len(genes), count)
     flagged = generator.random((count, genes.shape[1])) < probability
     steps = generator.integers(1, CHOICES, flagged.shape)
     changed = np.where(flagged, (genes[chosen] + steps) % CHOICES, genes[chosen])
+    if near:
+        small = np.where(generator.random(flagged.shape) < 0.5, -1, 1) * generator.integers(1, 6, flagged.shape)
+        stepped = np.where(flagged, np.clip(genes[chosen] + small, 0, CHOICES - 1), genes[chosen])
+        changed = np.where(generator.random((count, 1)) < near, stepped, changed)
     return [
         Proposal(tuple(child), "mutation", (parents[i],)) for child, i in zip(changed.tolist(), chosen, strict=True)
     ]
@@ -229,7 +296,7 @@ def mutants(
 
 def children(generator: np.random.Generator, parents: Sequence[Encoding], count: int) -> list[Proposal]:
     """Each gene comes from one of two different parents, with equal chance."""
-    genes = np.asarray(parents, dtype=np.int64)
+    genes = genes_of(parents)
     first = generator.integers(0, len(genes), count)
     second = (first + generator.integers(1, len(genes), count)) % len(genes)
     mixed = np.where(generator.random((count, genes.shape[1])) < 0.5, genes[first], genes[second])

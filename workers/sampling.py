@@ -45,6 +45,21 @@ def sample(
     return found[:count]
 
 
+def repair(cost: Cost, low: float, high: float, encodings: Genes, rng: np.random.Generator) -> Genes:
+    """Encodings (n, g) with those whose cost is outside [low, high] moved into it, as far as whole genes allow.
+
+    All genes of an encoding are shifted alike, but each steps to the next choice at a random point of its own, so that
+    no more of them change than the cost demands.
+    """
+    costs = cost(encodings)
+    outside = (costs < low) | (costs > high)
+    repaired = encodings.copy()
+    if outside.any():
+        between = rng.uniform(-0.5, 0.5, (int(outside.sum()), encodings.shape[1]))
+        repaired[outside] = _shifted(cost, low, high, encodings[outside] - MIDDLE + between, rng)
+    return repaired
+
+
 def _directions(genes: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Random distances (count, genes) of genes from the middle choice, each draw with its own spread."""
     spread = np.where(rng.random((count, 1)) < 1 / 3, 1.0, rng.random((count, 1)))

@@ -93,7 +93,7 @@ def corrected(
         raise BudgetBroken(figures)
     evolution = dict(memory["evolution"])
     more = max(2, evolution["settings"]["generations"] // 3)
-    evolution |= {"generations": evolution["generation"] + more, "exhausted": False}
+    evolution |= {"generations": evolution["generation"] + more, "exhausted": False, "exhaustive": None}
     return memory | {
         "corrections": corrections, "figures": figures, "round": memory["round"] + 1, "evolution": evolution,
         "since": None, "queue": [], "checkpoint": None,

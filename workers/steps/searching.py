@@ -8,17 +8,16 @@ import numpy as np
 from latency_profiler.cost import Metric
 from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
 from latency_profiler.spaces.space import Space
-from service.store import candidates, devices, jobs
+from service.store import candidates, chunks, devices, jobs
 from service.store.candidates import Judged
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
 from workers import evolution
 from workers.budget import Budget
 from workers.evolution import Evolution, Proposal, Score
-from workers.steps import measuring
+from workers.steps import measuring, scoring
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
-from workers.steps.training import scorer
 
 LEAST_USED = 0.93
 """A winner whose first measurement uses less of every latency budget shows that the prediction is too pessimistic."""
@@ -49,21 +48,24 @@ def _budget(context: Context, job: Job) -> Budget:
 def _search(context: Context, job: Job, budget: Budget) -> Evolution:
     state = job.memory.get("evolution")
     if state is not None:
-        return Evolution.from_json(state, budget.sample, budget.feasible)
+        return Evolution.from_json(state, budget)
     spec = context.spec.search
     given = {name: value for name, value in spec.model_dump().items() if name in evolution.Settings.__slots__}
-    return Evolution(evolution.Settings(**given), context.spec.seed, budget.sample, budget.feasible)
+    return Evolution(evolution.Settings(**given), context.spec.seed, budget)
 
 
 def _judge(context: Context, job: Job, budget: Budget, search: Evolution, proposals: list[Proposal]) -> Outcome:
-    generation, judge = search.generation, scorer(context, job)
-    scores: list[Score] = []
-    for done, proposal in enumerate(proposals):
+    generation = search.generation
+
+    def told(share: float) -> None:
         context.console.say(
             {"phase": "searching", "generation": generation, "generations": search.generations,
-             "done": generation + done / len(proposals), "total": search.generations}
+             "done": generation + share, "total": search.generations}
         )  # fmt: skip
-        scores.append(judge.score(proposal.encoding))
+
+    scores = scoring.score(context, job, [proposal.encoding for proposal in proposals], told)
+    if scores is None:
+        return MOVED
     search.tell(scores)
     judged = _rows(budget, proposals, scores)
     best = search.winner()
@@ -76,6 +78,7 @@ def _judge(context: Context, job: Job, budget: Budget, search: Evolution, propos
         ids = {name: devices.get(session, name) for name in job.memory["tables"]}
         predicted = {name: (device.id, device.table_id or "") for name, device in ids.items()}
         jobs.save_step(session, context.claim, memory={**job.memory, "evolution": search.to_json()})
+        chunks.drop(session, job.id)
         candidates.record_generation(session, job, context.space, generation, judged, predicted)
         jobs.add_event(session, job.id, "generation", summary)
     return MOVED
