@@ -1,7 +1,8 @@
 """Images as tensors: the split that a search needs, normalisation, augmentation.
 
-The whole dataset is one uint8 tensor and a batch is assembled by indexing, so no worker processes are needed, and all
-randomness is drawn from generators made of counters, so a resumed run needs nothing but its counters.
+The whole dataset is one uint8 tensor, on the GPU if it has room for it, and a batch is assembled by indexing, so no
+worker processes are needed, and all randomness is drawn from generators made of counters, so a resumed run needs
+nothing but its counters.
 
 Letters: n images, s their side, b images of a batch.
 """
@@ -18,12 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from latency_profiler.errors import InvalidDataset
+from workers.placement import home, place
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 LARGEST_VALIDATION = 5
 """The sub-validation set is at most this part of the training set: a fifth."""
 CHUNK = 4096
+HOST = torch.device("cpu")
 
 
 def generator(seed: int, *counters: int | str) -> torch.Generator:
@@ -53,6 +56,10 @@ class Normalisation:
         deviation = (squares.double() / count - mean**2).clamp(min=1.0).sqrt()
         return cls(mean.float(), deviation.float())
 
+    def on(self, device: torch.device) -> "Normalisation":
+        """The same there."""
+        return Normalisation(self.mean.to(device), self.deviation.to(device))
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """Images (b, s, s, 3) as channels-last float images (b, 3, s, s)."""
         scaled = (pixels.float() - self.mean.to(pixels.device)) / self.deviation.to(pixels.device)
@@ -76,17 +83,20 @@ class Batches:
         """Training batches of an epoch; a last one that is not full is left out (batch norm needs equal batches)."""
         return max(1, len(self) // batch_size)
 
-    def training(self, batch_size: int, seed: int, iteration: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The augmented batch of an iteration: images (b, 3, s, s), labels (b,)."""
+    def training(
+        self, batch_size: int, seed: int, iteration: int, device: torch.device, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """The augmented batch of an iteration, or a part of it: images (b, 3, s, s), labels (b,)."""
         epoch, step = divmod(iteration, self.steps(batch_size))
         chosen = self._order(seed, epoch)[step * batch_size : (step + 1) * batch_size]
-        pixels = _augmented(self._pixels[chosen], self._flip, generator(seed, "augment", iteration))
-        return self._on(pixels, self._labels[chosen], device)
+        pixels, labels = self._taken(chosen)
+        pixels = _augmented(pixels, self._flip, generator(seed, "augment", iteration))
+        return self._on(pixels[part], labels[part], device)
 
     def plain(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All images as they are, in their order, in batches of nearly equal size."""
         for chosen in self._indices.tensor_split(-(-len(self) // batch_size)):
-            yield self._on(self._pixels[chosen], self._labels[chosen], device)
+            yield self._on(*self._taken(chosen), device)
 
     def sample(self, count: int, seed: int) -> "Batches":
         """A fixed random part of at most `count` images."""
@@ -96,11 +106,12 @@ class Batches:
     def _shuffled(self, seed: int, epoch: int) -> Tensor:
         return self._indices[torch.randperm(len(self), generator=generator(seed, "shuffle", epoch))]
 
+    def _taken(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = place(chosen, self._pixels.device)
+        return self._pixels[chosen], self._labels[chosen]
+
     def _on(self, pixels: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device.type == "cuda":
-            pixels = pixels.pin_memory().to(device, non_blocking=True)
-            labels = labels.pin_memory().to(device, non_blocking=True)
-        return self._normalise(pixels), labels
+        return self._normalise(place(pixels, device)), place(labels, device)
 
 
 @dataclass(frozen=True)
@@ -119,9 +130,10 @@ class Data:
 
 
 def prepare(
-    train: tuple[Pixels, Labels], test: tuple[Pixels, Labels], classes: int, *, flip: bool, validation: int, seed: int
-) -> Data:
-    """A split dataset from images (n, s, s, 3) with labels (n,).
+    train: tuple[Pixels, Labels], test: tuple[Pixels, Labels], classes: int, *, flip: bool, validation: int, seed: int,
+    device: torch.device = HOST,
+) -> Data:  # fmt: skip
+    """A split dataset from images (n, s, s, 3) with labels (n,), for work on `device`.
 
     `validation` images are split off the training set, at most a fifth of it, chosen by `seed`.
 
@@ -129,10 +141,13 @@ def prepare(
         InvalidDataset: too few training images to split.
     """
     (pixels, labels), (test_pixels, test_labels) = (tuple(map(torch.from_numpy, part)) for part in (train, test))
-    normalise = Normalisation.of(pixels)
+    normalise = Normalisation.of(pixels).on(device)
     kept, held = split(labels, min(validation, len(labels) // LARGEST_VALIDATION), seed)
     if not len(held) or not len(kept):
         raise InvalidDataset(f"{len(labels)} training images are too few for a search; at least 10 are needed")
+
+    where = home(pixels.nbytes + test_pixels.nbytes, device)
+    pixels, labels, test_pixels, test_labels = (one.to(where) for one in (pixels, labels, test_pixels, test_labels))
 
     def part(indices: Tensor) -> Batches:
         return Batches(pixels, labels, indices, normalise, flip)
@@ -165,5 +180,6 @@ def _augmented(pixels: Tensor, flip: bool, random: torch.Generator) -> Tensor:
     mirrored = torch.rand(count, 1, generator=random) < 0.5
     if flip:
         columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = functional.pad(pixels, (0, 0, margin, margin, margin, margin))
-    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    padded, here = functional.pad(pixels, (0, 0, margin, margin, margin, margin)), pixels.device
+    images = torch.arange(count, device=here)
+    return padded[images[:, None, None], place(rows, here)[:, :, None], place(columns, here)[:, None, :]]
