@@ -1,4 +1,4 @@
-"""The one Celery app, and the doorbell.
+"""The one Celery app, and the doorbells: one for jobs, one for chunks that other workers may score.
 
 A message says only "look for work": it carries no arguments, may be lost or doubled, and expires. Rows are the truth;
 the reconciler rings again for whatever is still claimable.
@@ -12,8 +12,10 @@ from kombu.exceptions import OperationalError
 
 from service.settings import get_settings
 
-DOORBELL = "secateurs.doorbell"
-QUEUE = "jobs"
+JOBS = "jobs"
+EVALUATE = "evaluate"
+DOORBELLS = {JOBS: "secateurs.doorbell", EVALUATE: "secateurs.evaluate"}
+"""Queue → its one task."""
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +36,7 @@ def make_app() -> Celery:
         task_acks_late=False,
         task_ignore_result=True,
         task_publish_retry=False,
-        task_default_queue=QUEUE,
+        task_default_queue=JOBS,
         task_serializer="json",
         accept_content=["json"],
         worker_prefetch_multiplier=1,
@@ -52,10 +54,10 @@ def make_app() -> Celery:
 app = make_app()
 
 
-def ring() -> bool:
-    """Tell a worker to look for jobs; False when the broker did not take the message (the reconciler rings again)."""
+def ring(queue: str = JOBS) -> bool:
+    """Tell a worker to look for work; False when the broker did not take the message (who needs it rings again)."""
     try:
-        app.send_task(DOORBELL, queue=QUEUE, expires=60, retry=False)
+        app.send_task(DOORBELLS[queue], queue=queue, expires=60, retry=False)
     except (OperationalError, OSError) as error:
         log.warning("the doorbell did not ring: %s", error)
         return False

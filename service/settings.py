@@ -36,6 +36,11 @@ class Settings(BaseSettings):
     profile_seconds: float = 86_400.0
     """How long a job waits in `profiling` for its device before it fails."""
     agent_lease_seconds: float = 60.0
+    share_seconds: float = 3.0
+    """A generation that would take one worker longer to score is offered to all in chunks."""
+    linger_seconds: float = 15.0
+    """How long a process that scores chunks of another worker's job waits for more of them: starting one costs about
+    three."""
     threads: int = 0
     """Torch threads of a runner; 0 is one for images of up to 64 pixels (a second one was seen to bring nothing there)
     and all cores for larger ones. Part of what a result can be reproduced with."""

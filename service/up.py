@@ -168,7 +168,7 @@ class Up:
             ["api", "uvicorn", "service.app:create_app", "--factory", "--host", self.host, "--port", str(self.port),
              "--log-level", "warning"],
             ["reconciler", "service.reconciler"],
-            ["worker", "celery", "-A", "workers.app", "worker", "-Q", "jobs", "-c", str(self.workers),
+            ["worker", "celery", "-A", "workers.app", "worker", "-Q", "jobs,evaluate", "-c", str(self.workers),
              "--without-gossip", "--without-mingle", "--loglevel", "warning"],
         ]  # fmt: skip
 

@@ -50,7 +50,7 @@ class Console:
 
 def main(job_id: str, owner: str, fence: str, parent: str) -> int:
     """Exit code 0 when the job has ended, waits, or belongs to somebody else."""
-    if not _bound_to(int(parent)):
+    if not bound_to(int(parent)):
         return 1
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     claim = Claim(job_id, owner, int(fence))
@@ -91,7 +91,7 @@ def _give_back(claim: Claim, seconds: float) -> None:
         jobs.release(session, claim, seconds)
 
 
-def _bound_to(parent: int) -> bool:
+def bound_to(parent: int) -> bool:
     """Die when the supervisor does; False when it has died before the kernel was told so."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,6 +3,8 @@
 The runner is a fresh process (never a fork of one that has used torch) in a process group of its own. It writes a
 line of JSON to its standard output whenever something has moved. Here the lease is renewed as long as it lives and
 moves; it is killed when the lease is lost or cannot be renewed, when the user cancels, or when it hangs.
+
+A process that scores chunks of a job that another worker runs is kept in the same way, with the leases of its chunks.
 """
 
 import json
@@ -13,22 +15,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
+from service import broker
 from service.settings import Settings, get_settings
-from service.store import jobs
+from service.store import chunks, jobs
 from service.store.jobs import Claim, LeaseLost
-from service.store.models import JobState
-from service.store.session import transaction
+from service.store.models import JobState, new_id
+from service.store.session import snapshot, transaction
 
 log = logging.getLogger(__name__)
 MARGIN = 0.8
 """Share of the lease after which a runner whose lease could not be renewed is stopped."""
 DATABASE_AWAY = (OperationalError, PoolTimeout)
+RING_SECONDS = 10.0
+"""How often at most one supervisor rings for chunks that wait; each worker that hears it passes it on."""
+in_vain: Counter[tuple[str, str]] = Counter()
+"""Job and environment → evaluators that failed here; one that is not in that environment counts as all attempts."""
 
 
 def supervise_next(worker: str, stopping: Callable[[], bool]) -> bool:
@@ -39,18 +49,55 @@ def supervise_next(worker: str, stopping: Callable[[], bool]) -> bool:
     if claim is None:
         return False
     log.info("job %s: claimed with fence %d", claim.job_id, claim.fence)
-    with _started(claim) as runner:
+
+    def renew(session: Session, progress: dict[str, Any] | None) -> bool:
+        chunks.renew(session, claim.owner, settings.lease_seconds)
+        return jobs.beat(session, claim, settings.lease_seconds, progress)
+
+    with _started("workers.runner", claim.job_id, claim.owner, str(claim.fence)) as runner:
         try:
-            _watch(Watch(runner, claim, settings), stopping)
+            _watch(Watch(runner, settings, renew), claim, stopping)
         except LeaseLost as error:
             log.info("%s", error)
         finally:
             _kill(runner)
+            _release(claim.owner)
     return True
 
 
-def _started(claim: Claim) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "workers.runner", claim.job_id, claim.owner, str(claim.fence), str(os.getpid())]
+def evaluate_next(worker: str, stopping: Callable[[], bool], jobs_first: bool) -> bool:
+    """Score chunks of another worker's job until none is left; False when none waits that this worker can score.
+
+    Args:
+        jobs_first: whether a job that waits for a worker goes before all chunks.
+    """
+    settings, owner = get_settings(), f"{worker}:{os.getpid()}:{new_id()[:8]}"
+    with snapshot() as session:
+        waiting = [one for one in chunks.waiting(session) if in_vain[one] < settings.attempts]
+        if not waiting or (jobs_first and jobs.claimable(session)[0]):
+            return False
+
+    def renew(session: Session, _progress: object) -> bool:
+        chunks.renew(session, owner, settings.lease_seconds)
+        return jobs_first and jobs.claimable(session)[0] > 0
+
+    with _started("workers.evaluator", *waiting[0], owner) as runner:
+        try:
+            code = _attend(Watch(runner, settings, renew), stopping)
+        except LeaseLost as error:
+            log.info("%s", error)
+            code = 0
+        finally:
+            _kill(runner)
+            _release(owner)
+    if code:
+        log.warning("job %s: the process that scored for it ended with %s", waiting[0][0], _name(code))
+        in_vain[waiting[0]] += settings.attempts if code == os.EX_CONFIG else 1
+    return True
+
+
+def _started(module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module, *arguments, str(os.getpid())]
     # OpenMP's threads spin while they wait for each other; beside other work on the same cores that costs 14 times.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     return subprocess.Popen(
@@ -58,13 +105,18 @@ def _started(claim: Claim) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
+Renew = Callable[[Session, dict[str, Any] | None], bool]
+"""Renews all leases of a runner and stores its progress; True when it shall stop."""
+
+
 class Watch:
     """A runner with the clock readings that decide how long it may live."""
 
-    def __init__(self, runner: subprocess.Popen[bytes], claim: Claim, settings: Settings) -> None:
-        self.runner, self.claim, self.settings = runner, claim, settings
+    def __init__(self, runner: subprocess.Popen[bytes], settings: Settings, renew: Renew) -> None:
+        self.runner, self.settings, self._renew = runner, settings, renew
         self.progress: dict[str, Any] | None = None
         self.renewed = self.moved = time.monotonic()
+        self._rang = -RING_SECONDS
         self._buffer = b""
         self._selector = selectors.DefaultSelector()
         assert runner.stdout is not None
@@ -87,20 +139,24 @@ class Watch:
         return True
 
     def beat(self) -> bool:
-        """Renew the lease; True when the user wants the job cancelled.
+        """Renew the leases, ring for chunks that wait for a worker; True when the runner shall stop.
 
         Raises:
             LeaseLost: another worker has the job, or the database was away for too long to be sure.
         """
         try:
             with transaction() as session:
-                cancel = jobs.beat(session, self.claim, self.settings.lease_seconds, self.progress)
+                stop = self._renew(session, self.progress)
+                alone = bool(chunks.waiting(session))
             self.renewed, self.progress = time.monotonic(), None
-            return cancel
         except DATABASE_AWAY as error:
             if time.monotonic() - self.renewed > MARGIN * self.settings.lease_seconds:
-                raise LeaseLost(f"job {self.claim.job_id}: its lease could not be renewed ({error})") from error
+                raise LeaseLost(f"runner {self.runner.pid}: its leases could not be renewed ({error})") from error
             return False
+        if alone and self.renewed - self._rang > RING_SECONDS:
+            self._rang = self.renewed
+            broker.ring(broker.EVALUATE)
+        return stop
 
     @property
     def hung(self) -> bool:
@@ -108,29 +164,45 @@ class Watch:
         return time.monotonic() - self.moved > self.settings.stall_seconds
 
 
-def _watch(watch: Watch, stopping: Callable[[], bool]) -> None:
-    """Until the runner ends, then record how."""
+def _watch(watch: Watch, claim: Claim, stopping: Callable[[], bool]) -> None:
+    """Until the job's runner ends, then record how."""
     while watch.listen():
         if watch.beat():
             _kill(watch.runner)
             with transaction() as session:
-                jobs.finish(session, watch.claim, JobState.CANCELLED)
+                jobs.finish(session, claim, JobState.CANCELLED)
             return
         if watch.hung:
             _kill(watch.runner)
-            _lose(watch.claim, f"no progress for {watch.settings.stall_seconds:g} s")
+            _lose(claim, f"no progress for {watch.settings.stall_seconds:g} s")
             return
         if stopping():
             watch.runner.send_signal(signal.SIGTERM)
     code = watch.runner.wait()
     if code:
-        _lose(watch.claim, f"the runner ended with {_name(code)}")
+        _lose(claim, f"the runner ended with {_name(code)}")
+
+
+def _attend(watch: Watch, stopping: Callable[[], bool]) -> int:
+    """Until a process that scores chunks ends; its exit code."""
+    while watch.listen():
+        if watch.beat() or stopping():
+            watch.runner.send_signal(signal.SIGTERM)
+        if watch.hung:
+            _kill(watch.runner)
+    return watch.runner.wait()
 
 
 def _lose(claim: Claim, reason: str) -> None:
     log.error("job %s: %s", claim.job_id, reason)
     with transaction() as session:
         jobs.lose(session, claim, reason, after_seconds=2.0)
+
+
+def _release(owner: str) -> None:
+    """Give back chunks that a dead runner held; where the database is away, their leases end."""
+    with suppress(*DATABASE_AWAY), transaction() as session:
+        chunks.release(session, owner)
 
 
 def _name(code: int) -> str:

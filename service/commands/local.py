@@ -24,7 +24,7 @@ def up(
     home: Annotated[Path | None, typer.Option(envvar="SECATEURS_HOME", help="Where everything is kept.")] = None,
     host: Annotated[str, typer.Option(envvar="SECATEURS_HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="SECATEURS_PORT", min=1, max=65535)] = 8740,
-    workers: Annotated[int, typer.Option(min=1, help="How many jobs may run at once.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="How many run at once: jobs first, the rest help to score.")] = 1,
     agent: Annotated[bool, typer.Option(help="Measure on this machine as device this-machine.")] = True,
     as_json: Json = False,
 ) -> None:

@@ -7,13 +7,12 @@ go when their generation is told, and with their job's end (`jobs._end`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sqlalchemy import CursorResult, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.store.bulk import insert_missing
-from service.store.models import Chunk, Job, JobState, now
+from service.store.models import Chunk, now
 
 Encoding = Sequence[int]
 Pair = tuple[float, float]
@@ -52,16 +51,22 @@ def published(session: Session, job_id: str, batch: str) -> bool:
     return session.scalar(select(Chunk.id).where(Chunk.job_id == job_id, Chunk.batch == batch).limit(1)) is not None
 
 
+def undone(session: Session, job_id: str, batch: str) -> int:
+    """How many of a generation's chunks have no scores yet."""
+    query = select(func.count()).where(Chunk.job_id == job_id, Chunk.batch == batch, Chunk.scores.is_(None))
+    return session.scalar(query) or 0
+
+
 def waiting(session: Session) -> list[tuple[str, str]]:
     """Jobs with chunks that wait for a worker, each with its environment; the one that has waited longest first."""
-    query = _open().group_by(Chunk.job_id, Chunk.environment).order_by(func.min(Chunk.id))
-    return [(job_id, environment) for job_id, environment in session.execute(query)]
+    query = select(Chunk.job_id, Chunk.environment).where(_claimable()).group_by(Chunk.job_id, Chunk.environment)
+    return [(row.job_id, row.environment) for row in session.execute(query.order_by(func.min(Chunk.id)))]
 
 
 def claim(session: Session, job_id: str, environment: str, owner: str, lease_seconds: float) -> ChunkClaim | None:
     """Take a job's first chunk that waits for a worker with this environment; None when there is none."""
-    query = select(Chunk.id).join(Job).where(_claimable(), Chunk.job_id == job_id, Chunk.environment == environment)
-    chunk_id = session.scalar(query.order_by(Chunk.id).limit(1).with_for_update(of=Chunk, skip_locked=True))
+    query = select(Chunk.id).where(_claimable(), Chunk.job_id == job_id, Chunk.environment == environment)
+    chunk_id = session.scalar(query.order_by(Chunk.id).limit(1).with_for_update(skip_locked=True))
     if chunk_id is None:
         return None
     values = {"owner": owner, "fence": Chunk.fence + 1, "lease_until": now() + lease_seconds}
@@ -80,7 +85,9 @@ def finish(session: Session, held: ChunkClaim, scores: Sequence[Pair]) -> bool:
         raise ValueError(f"chunk {held.id} has {len(held.encodings)} encodings, got {len(scores)} scores")
     mine = (Chunk.id == held.id, Chunk.fence == held.fence, Chunk.owner == held.owner, Chunk.scores.is_(None))
     values = {"scores": [list(score) for score in scores], "owner": None, "lease_until": None}
-    return _count(session.execute(update(Chunk).where(*mine).values(**values))) == 1
+    done = session.execute(update(Chunk).where(*mine).values(**values))
+    assert isinstance(done, CursorResult)
+    return done.rowcount == 1
 
 
 def renew(session: Session, owner: str, lease_seconds: float) -> None:
@@ -108,18 +115,5 @@ def drop(session: Session, job_id: str) -> None:
     session.execute(delete(Chunk).where(Chunk.job_id == job_id))
 
 
-def _open() -> Any:
-    return select(Chunk.job_id, Chunk.environment).join(Job).where(_claimable())
-
-
-def _claimable() -> Any:
-    return (
-        Chunk.scores.is_(None)
-        & or_(Chunk.owner.is_(None), Chunk.lease_until < now())
-        & (Job.state == JobState.SEARCHING)
-    )  # fmt: skip
-
-
-def _count(done: Any) -> int:
-    assert isinstance(done, CursorResult)
-    return done.rowcount
+def _claimable() -> ColumnElement[bool]:
+    return Chunk.scores.is_(None) & or_(Chunk.owner.is_(None), Chunk.lease_until < now())

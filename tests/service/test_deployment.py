@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.broker import QUEUE
+from service.broker import DOORBELLS
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,10 +52,9 @@ def test_the_api_is_made_by_a_factory() -> None:
     assert f"def {attribute}(" in Path(str(importlib.util.find_spec(module).origin)).read_text()  # type: ignore[union-attr]
 
 
-def test_the_worker_listens_where_the_doorbell_rings() -> None:
-
+def test_the_worker_listens_where_the_doorbells_ring() -> None:
     command = SERVICES["worker"]["command"]
-    assert command[command.index("-Q") + 1] == QUEUE
+    assert command[command.index("-Q") + 1].split(",") == list(DOORBELLS)
 
 
 def test_settings_that_are_named_exist() -> None:

@@ -56,12 +56,12 @@ class Facts:
 
 
 class Context:
-    """One job in one runner process."""
+    """One job in one runner process; a `guest` only helps, holds no claim of the job and writes nothing of it."""
 
-    def __init__(self, claim: Claim, settings: Settings, console: Console) -> None:
+    def __init__(self, claim: Claim, settings: Settings, console: Console, *, guest: bool = False) -> None:
         self.claim, self.settings, self.console = claim, settings, console
         with transaction() as session:
-            job = jobs.load(session, claim)
+            job = jobs.get(session, claim.job_id) if guest else jobs.load(session, claim)
             dataset = session.get_one(Dataset, job.dataset_id)
         self.spec = JobRequest.model_validate(job.spec)
         self.dataset = Facts(dataset.id, dataset.kind, dataset.path, dataset.classes)
@@ -70,7 +70,7 @@ class Context:
         torch.set_num_threads(self.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kept: dict[str, Any] = {}
-        if job.environment not in (None, self.environment) and job.reproducible:
+        if job.environment not in (None, self.environment) and job.reproducible and not guest:
             with transaction() as session:
                 jobs.save_step(session, claim, reproducible=False)
 
