@@ -12,8 +12,11 @@ from torch.nn.utils import skip_init
 
 from latency_profiler.layers import Activation, Layer, Node, Op
 from latency_profiler.spaces.space import IMAGE, Space
+from workers.norms import Norm
 
 NORM_EPSILON = 1e-5
+LARGE_MAP = 16
+"""Side in pixels from which a 1x1 convolution is faster as a convolution than as a matrix product."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -38,10 +41,10 @@ def run(nodes: Sequence[Node], images: Tensor, apply: Callable[[int, Tensor], Te
 def convolve(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     """A convolution without bias; weight (c_out, c_in / groups, k, k).
 
-    A 1x1 convolution is a matrix product over channels-last pixels: oneDNN compiles a kernel for every new shape, which
-    costs milliseconds, and a PruningNet has new widths in every step.
+    oneDNN compiles a kernel for every new shape, which costs milliseconds, and a PruningNet has new widths in every
+    step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays.
     """
-    if layer.op is Op.CONV and layer.kernel == 1:
+    if layer.op is Op.CONV and layer.kernel == 1 and layer.out_size < LARGE_MAP:
         pixels = x[:, :, :: layer.stride, :: layer.stride].permute(0, 2, 3, 1)
         # Of two dimensions: with four, torch folds or batches depending on who requires gradients, with other bits.
         out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1))
@@ -82,7 +85,7 @@ class PlainNetwork(nn.Module):
         for i, node in enumerate(self.nodes):
             if node.layer.op in (Op.CONV, Op.DEPTHWISE):
                 self.convs[str(i)] = _conv(node.layer)
-                self.norms[str(i)] = nn.BatchNorm2d(node.layer.c_out, eps=NORM_EPSILON)
+                self.norms[str(i)] = Norm(node.layer.c_out, eps=NORM_EPSILON)
             elif node.layer.op is Op.LINEAR:
                 self.linears[str(i)] = bare(nn.Linear, node.layer.c_in, node.layer.c_out)
         self.initialise(seed)

@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from workers.datasets import Data
 from workers.evaluation import evaluate
 from workers.evaluation import test as score
 from workers.evolution import DIVERGED
-from workers.pruning_net import PruningNet
+from workers.pruning_net import SHARED, PruningNet
 from workers.sgd import CroppedSGD, Rule
 from workers.training import STRUCTURES, PruningNetTrainer, ScratchTrainer, Structures, Trainer, TrainingSettings
 
@@ -34,12 +35,16 @@ def pruning(data: Data) -> Trainer:
     return PruningNetTrainer(SPACE, data, SETTINGS, 7, (LOW, HIGH), CPU)
 
 
+def shared(data: Data) -> Trainer:
+    return PruningNetTrainer(SPACE, data, replace(SETTINGS, weights="shared"), 7, (LOW, HIGH), CPU)
+
+
 def after(steps: int) -> Callable[[], bool]:
     counter = itertools.count(1)
     return lambda: next(counter) >= steps
 
 
-@pytest.mark.parametrize("make", [scratch, pruning])
+@pytest.mark.parametrize("make", [scratch, pruning, shared])
 def test_interrupted_training_is_bit_equal_to_uninterrupted(make: Make, data: Data, tmp_path) -> None:
     whole = make(data)
     whole.advance(lambda: False)
@@ -96,20 +101,21 @@ def test_a_state_of_something_else_is_refused(data: Data) -> None:
 
 def test_a_network_learns_and_reports(data: Data) -> None:
     settings = TrainingSettings(epochs=15, batch_size=32, learning_rate=0.1)
-    trainer = ScratchTrainer(SPACE, SPACE.uniform(1.0), data, settings, 0, CPU)
+    trainer = ScratchTrainer(SPACE, SPACE.uniform(1.0), data, settings, 1, CPU)
     trainer.advance(lambda: False)
     assert trainer.latest()["accuracy"] > 0.6
     assert evaluate(trainer.network, data.test, CPU).accuracy > 0.6
     assert [one["rate"] for one in trainer.history] == pytest.approx([0.1 * (1 - e / 15) for e in range(15)])
 
 
-def test_cropped_sgd_equals_plain_sgd() -> None:
+@pytest.mark.parametrize("hidden", [None, SHARED])
+def test_cropped_sgd_equals_plain_sgd(hidden: int | None) -> None:
     """Against torch.optim.SGD on whole parameters with gradients that are zero outside random leading blocks."""
     torch.manual_seed(0)
-    net = PruningNet(get_space("resnet20", 8, 0.5, 4, True))
-    whole = net.generators["4"]
+    net = PruningNet(get_space("resnet20", 8, 0.5, 4, True), hidden)
+    whole, moving = net.generators["4"], "bias" if hidden == SHARED else "weight"
     ours = CroppedSGD(whole.crop(*whole.bias.shape[:2]))
-    weight = torch.nn.Parameter(whole.weight.detach().clone())
+    weight = torch.nn.Parameter(getattr(whole, moving).detach().clone())
     reference = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=1e-2)
     for rate in (0.1, 0.05):
         rule, steps = Rule(rate, 0.9, 1e-2), 12
@@ -118,16 +124,17 @@ def test_cropped_sgd_equals_plain_sgd() -> None:
         for step in range(steps):
             c_out, c_in = torch.randint(1, 8, (2,)).tolist()
             crop = ours.current(whole.crop(c_out, c_in), step, powers)
-            assert torch.allclose(crop.weight, weight[:c_out, :c_in], atol=1e-6)
-            gradient = torch.randn_like(crop.weight)
-            crop.weight.grad, crop.bias.grad = gradient, torch.zeros_like(crop.bias)
+            leaf = getattr(crop, moving)
+            assert torch.allclose(leaf, weight[:c_out, :c_in], atol=1e-6)
+            crop.weight.grad, crop.bias.grad = torch.zeros_like(crop.weight), torch.zeros_like(crop.bias)
+            leaf.grad = torch.randn_like(leaf)
             ours.step(crop, step, powers, rate)
             weight.grad = torch.zeros_like(weight)
-            weight.grad[:c_out, :c_in] = gradient
+            weight.grad[:c_out, :c_in] = leaf.grad
             reference.step()
         ours.catch_up(steps, powers)
-        assert torch.allclose(whole.weight, weight, atol=1e-5)
-        assert torch.allclose(ours.momentum.weight, reference.state[weight]["momentum_buffer"], atol=1e-5)
+        assert torch.allclose(getattr(whole, moving), weight, atol=1e-5)
+        assert torch.allclose(getattr(ours.momentum, moving), reference.state[weight]["momentum_buffer"], atol=1e-5)
 
 
 def test_sampled_structures_lie_in_the_band_and_differ() -> None:
