@@ -19,7 +19,7 @@ from latency_profiler.spaces.space import Space
 from workers.sampling import Genes, repair, sample
 
 Floats = npt.NDArray[np.float64]
-CROWD = 10
+CROWD = 3
 """An enumeration holds so many times the structures that it looks for before it gives up."""
 SMALLEST_SHARE = 0.10
 """The grid begins at a tenth of the base widths, and so does the uniform network."""
@@ -135,20 +135,23 @@ class Budget:
             for device, table in self.tables.items()
         }
 
-    def uniform(self) -> tuple[int, ...]:
-        """The largest uniform network within the upper bounds: one share of every base width, the last one too."""
+    def uniform(self, of: float = 1.0) -> tuple[int, ...]:
+        """The largest uniform network within so much of the upper bounds: one share of every base width, also the last.
+
+        Where none is within them, the smallest.
+        """
         widths = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
         shares = sorted(share for share in widths if share >= SMALLEST_SHARE)
-        at = bisect_left(shares, True, key=lambda share: not self._within(self.space.uniform(share)))
+        at = bisect_left(shares, True, key=lambda share: not self._within(self.space.uniform(share), of))
         return self.space.uniform(shares[max(0, at - 1)])
 
-    def _within(self, channels: Sequence[int]) -> bool:
+    def _within(self, channels: Sequence[int], of: float) -> bool:
         seconds = self.predict(channels) if self.tables else {}
         row = np.array([channels], dtype=np.int64)
         costs = Costs(
             self._costs.flops(row), self._costs.parameters(row), {d: np.array([s]) for d, s in seconds.items()}
         )
-        return all(_values(costs, c)[0] <= c.maximum for c in self.constraints)
+        return all(_values(costs, c)[0] <= of * c.maximum for c in self.constraints)
 
     def _check(self) -> None:
         ends = np.array([self.space.smallest, self.space.largest])

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from latency_profiler.errors import NothingFeasible
 from latency_profiler.spaces.space import CHOICES
 from workers.sampling import Genes, numpy_generator
+from workers.screening import guess
 
 Encoding = tuple[int, ...]
 Key = Callable[[Encoding], object]
@@ -56,8 +57,11 @@ class Settings:
     mutation_probability: float = 0.1
     rank_by: Literal["accuracy", "loss"] = "accuracy"
     strategy: Literal["evolution", "random"] = "evolution"
+    """`random` is random search: the same without parents."""
     repair: bool = False
-    near: float = 0.0
+    """Whether offspring that miss the budget are moved into it; as published they are dropped."""
+    screening: int = 1
+    """Offspring bred for each that is judged; the most promising are chosen by `screening.guess`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,19 +202,18 @@ class Evolution:
             return [Proposal(encoding, "enumeration") for encoding in left[: self.settings.population]]
         nursery, half = Nursery(known, self.limits.feasible), self.settings.population // 2
         parents = self._parents() if self.settings.strategy == "evolution" else []
+        bred = half * self.settings.screening
         if parents:
             mutation = self._generator("mutation")
-            nursery.fill(
-                half,
-                lambda: self._repaired(
-                    mutants(mutation, parents, half, self.settings.mutation_probability, self.settings.near), mutation
-                ),
-            )
+            probability = self.settings.mutation_probability
+            nursery.fill(bred, lambda: self._repaired(mutants(mutation, parents, bred, probability), mutation))
         if len(parents) > 1:
             crossover = self._generator("crossover")
             nursery.fill(
-                half + len(nursery.born), lambda: self._repaired(children(crossover, parents, half), crossover)
+                bred + len(nursery.born), lambda: self._repaired(children(crossover, parents, bred), crossover)
             )
+        if len(nursery.born) > 2 * half:
+            nursery.born = self._promising(nursery.born, 2 * half)
         fresh = self._generator("random")
         nursery.fill(self.settings.population, lambda: self._strangers(fresh))
         if not nursery.born and not self.judged:
@@ -220,6 +223,16 @@ class Evolution:
     def _parents(self) -> list[Encoding]:
         """Who breeds."""
         return [one.proposal.encoding for one in self.ranking()[: self.settings.parents]]
+
+    def _promising(self, born: list[Proposal], count: int) -> list[Proposal]:
+        """Those that are expected to be best."""
+        return [born[i] for i in np.argsort(self._guess(born), kind="stable")[:count]]
+
+    def _guess(self, born: Sequence[Proposal]) -> npt.NDArray[np.float64]:
+        """Expected badness."""
+        judged = genes_of([one.proposal.encoding for one in self.judged])
+        badness = np.array([self._badness(one) for one in self.judged])
+        return guess(judged, badness, genes_of([one.encoding for one in born]))
 
     def _left(self, known: set[Encoding]) -> list[Encoding] | None:
         """What is left to judge of all feasible structures; None where that is more than the search may judge."""
@@ -277,7 +290,7 @@ def genes_of(encodings: Sequence[Encoding]) -> Genes:
 
 
 def mutants(
-    generator: np.random.Generator, parents: Sequence[Encoding], count: int, probability: float, near: float = 0.0
+    generator: np.random.Generator, parents: Sequence[Encoding], count: int, probability: float
 ) -> list[Proposal]:
     """Each gene of a random parent changes with `probability`, to any of the 30 other choices alike."""
     genes = genes_of(parents)
@@ -285,10 +298,6 @@ def mutants(
     flagged = generator.random((count, genes.shape[1])) < probability
     steps = generator.integers(1, CHOICES, flagged.shape)
     changed = np.where(flagged, (genes[chosen] + steps) % CHOICES, genes[chosen])
-    if near:
-        small = np.where(generator.random(flagged.shape) < 0.5, -1, 1) * generator.integers(1, 6, flagged.shape)
-        stepped = np.where(flagged, np.clip(genes[chosen] + small, 0, CHOICES - 1), genes[chosen])
-        changed = np.where(generator.random((count, 1)) < near, stepped, changed)
     return [
         Proposal(tuple(child), "mutation", (parents[i],)) for child, i in zip(changed.tolist(), chosen, strict=True)
     ]

@@ -92,6 +92,12 @@ def events_after(session: Session, job_id: str, after_id: int, limit: int = 200)
     return session.scalars(query.limit(limit)).all()
 
 
+def generations(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """What a job's `generation` events tell, oldest first."""
+    query = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.kind == "generation")
+    return list(session.scalars(query.order_by(JobEvent.id)))
+
+
 def add_event(session: Session, job_id: str, kind: str, data: dict[str, Any]) -> None:
     """Leave an event in the same transaction as the change that it tells of."""
     session.add(JobEvent(job_id=job_id, kind=kind, data=data))

@@ -1,13 +1,24 @@
 import json
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from latency_profiler.cost import Constraint, Metric, flops
 from latency_profiler.errors import NothingFeasible
+from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import CHOICES
+from workers.budget import Budget
+from workers.datasets import Data
+from workers.evaluation import Scorer
 from workers.evolution import Encoding, Evolution, Score, Settings, children, mutants
+from workers.front import Front, survivors
+from workers.pruning_net import PruningNet
 from workers.sampling import Genes, numpy_generator, repair, sample
+from workers.screening import guess
 
 GENES = 8
 GOAL = np.array([3, 28, 10, 17, 5, 22, 14, 9])
@@ -49,7 +60,7 @@ def fitness(encoding: Sequence[int]) -> Score:
     return Score(1 - miss / 240, miss)
 
 
-def judged(search: Evolution) -> Evolution:
+def judged(search: Any) -> Any:
     while proposals := search.propose():
         search.tell([fitness(one.encoding) for one in proposals])
     return search
@@ -168,3 +179,185 @@ def test_reopened_under_a_tighter_budget() -> None:
         search.tell([fitness(one.encoding) for one in proposals])
     assert len(search.judged) == before + 3 * 20
     assert sum(search.winner().proposal.encoding) <= 90 < sum(loose.proposal.encoding)
+
+
+SCREENED = Settings(population=20, generations=6, parents=6, repair=True, screening=4)
+
+
+def test_screened_search_keeps_every_promise_and_resumes() -> None:
+    search = ran(0, SCREENED)
+    encodings = [one.proposal.encoding for one in search.judged]
+    assert len(encodings) == len(set(encodings)) == 20 * 6
+    assert LIMITS.feasible(np.array(encodings)).all()
+    resumed = Evolution(SCREENED, 0, LIMITS)
+    while proposals := resumed.propose():
+        resumed.tell([fitness(one.encoding) for one in proposals])
+        resumed = Evolution.from_json(json.loads(json.dumps(resumed.to_json())), LIMITS)
+    assert resumed.judged == search.judged
+
+
+def test_random_search_judges_as_many_and_breeds_none() -> None:
+    search = ran(0, Settings(population=20, generations=6, strategy="random"))
+    assert len({one.proposal.encoding for one in search.judged}) == 20 * 6
+    assert {one.proposal.birth for one in search.judged} == {"random"}
+
+
+def test_the_guess_ranks_what_was_never_judged() -> None:
+    drawn = Weight(120, 90).sample(400, numpy_generator(0, "guess"))
+    losses = np.array([fitness(genes).loss for genes in drawn.tolist()])
+    order = np.argsort(np.argsort(losses[100:]))
+    guessed = np.argsort(np.argsort(guess(drawn[:100], losses[:100], drawn[100:])))
+    assert np.corrcoef(order, guessed)[0, 1] > 0.8
+    assert guess(drawn[:1], losses[:1], drawn[:3]).shape == (3,)
+    assert np.isfinite(guess(np.repeat(drawn[:1], 5, axis=0), np.ones(5), drawn[:3])).all()
+
+
+class Landscape:
+    """A rugged score over a real space and budget: smooth shares of widths, waves, narrow places, and a fixed noise."""
+
+    def __init__(self, seed: int, budget: Budget) -> None:
+        random, genes, self.seed = numpy_generator(seed, "landscape"), len(budget.space.genes), seed
+        self.weights, self.powers = random.uniform(0.3, 1.5, genes), random.uniform(0.2, 0.8, genes)
+        self.phases, self.pairs = random.uniform(0, 6, genes), random.uniform(0, 1, genes - 1)
+        self.scale = float(self.smooth(budget.sample(500, random)).std())
+
+    def smooth(self, encodings: Genes) -> np.ndarray:
+        widths = (10 + 3 * encodings) / 100
+        waves = 0.05 * np.sin(12 * widths + self.phases)
+        narrow = 0.15 * self.pairs * np.abs(np.log(widths[:, 1:] / widths[:, :-1]))
+        return (self.weights * widths**self.powers + waves).sum(axis=1) - narrow.sum(axis=1)
+
+    def losses(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        noise = np.array([numpy_generator(self.seed, *map(int, one)).normal() for one in encodings])
+        return -self.smooth(np.array(encodings)) / self.scale - 0.3 * noise
+
+
+def evaluations(search: Evolution, landscape: Landscape, goal: float) -> int:
+    """How many until one is as good as the goal; all if none is."""
+    while proposals := search.propose():
+        losses = landscape.losses([one.encoding for one in proposals])
+        if losses.min() <= goal:
+            return len(search.judged) + int(np.argmax(losses <= goal)) + 1
+        search.tell([Score(0.5, float(loss)) for loss in losses])
+    return len(search.judged)
+
+
+def test_a_fifth_of_random_searchs_evaluations_suffice() -> None:
+    space = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
+    full = flops(space.layers(space.channels(space.largest)))
+    budget = Budget(space, [Constraint(Metric.FLOPS, full / 8)], {}, {}, least_share=0.97)
+    settings = Settings(40, 15, 10, rank_by="loss", repair=True, screening=4)
+    needed, random = [], numpy_generator(0, "goal")
+    for seed in range(6):
+        landscape = Landscape(seed, budget)
+        goal = landscape.losses(list(map(tuple, budget.sample(1000, random).tolist()))).min()
+        needed.append(evaluations(Evolution(settings, seed, budget), landscape, goal))
+    assert np.mean(needed) < 200
+
+
+def test_evolution_finds_the_true_optimum_of_a_small_pruning_net(data: Data) -> None:
+    space = get_space("mobilenet_v1", 8, 0.1, 4, free_last=True)
+    least = flops(space.layers(space.channels(space.smallest)))
+    budget = Budget(space, [Constraint(Metric.FLOPS, 1.015 * least)], {}, {})
+    scorer = Scorer(
+        PruningNet(space, seed=1, normalised=True), data, recalibration_images=32, seed=0, device=torch.device("cpu")
+    )
+    everything = budget.everything(1000)
+    assert everything is not None
+    scores = {tuple(genes): scorer.score(genes) for genes in everything.tolist()}
+    optimum = min(score.loss for score in scores.values())
+
+    def winner(generations: int, exhaustive: bool | None) -> Any:
+        search = Evolution(Settings(8, generations, 4, rank_by="loss", repair=True, screening=2), 0, budget)
+        search.exhaustive = exhaustive
+        while proposals := search.propose():
+            search.tell([scores[one.encoding] for one in proposals])
+        return search
+
+    assert 20 < len(everything) < 60
+    complete, evolved = winner(10, None), winner(2, False)
+    assert complete.exhaustive
+    assert len(complete.judged) == len(everything)
+    assert complete.winner().score.loss == optimum
+    assert len(evolved.judged) <= 16 < len(everything)
+    better = sum(score.loss < evolved.winner().score.loss for score in scores.values())
+    assert better <= 2
+
+
+FRONT = Weight(200, 40)
+
+
+def searched_front(seed: int = 0, settings: Settings = SCREENED, generations: int = 10) -> Front:
+    search = Front(settings, seed, FRONT)
+    search.generations = generations
+    return judged_by_sum(search)
+
+
+def judged_by_sum(search: Any) -> Any:
+    """More genes are better, unevenly so, as more channels are."""
+    while proposals := search.propose():
+        genes = np.array([one.encoding for one in proposals])
+        values = (np.sqrt(genes / 30) * np.linspace(0.2, 2, GENES)).mean(axis=1) / 1.1
+        search.tell([Score(float(value), float(1 - value)) for value in values])
+    return search
+
+
+@pytest.mark.parametrize("settings", [SCREENED, SMALL])
+def test_a_front_is_not_dominated_covers_the_range_and_beats_random(settings: Settings) -> None:
+    search = searched_front(0, settings)
+    front = search.front()
+    points = [(sum(one.proposal.encoding), one.score.accuracy) for one in front]
+    assert points == sorted(points)
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(points))
+    for one in search.judged:
+        cost, accuracy = sum(one.proposal.encoding), one.score.accuracy
+        assert 40 <= cost <= 200
+        assert any(c <= cost and a >= accuracy for c, a in points)
+    assert points[0][0] < 60
+    assert points[-1][0] > 180
+    assert len(points) > 15
+    random = judged_by_sum(Front(Settings(20, 10, strategy="random"), 0, FRONT))
+    assert random.hypervolume() > 0
+    assert settings is SMALL or search.hypervolume() > random.hypervolume()
+    assert search.winner() == front[-1]
+
+
+def test_members_of_a_front_are_spread_over_its_cost() -> None:
+    search = searched_front()
+    for count in (1, 2, 3, 5):
+        costs = [sum(one.proposal.encoding) for one in search.top(count, lambda encoding: encoding)]
+        assert costs == sorted(set(costs), reverse=True)
+        assert len(costs) == count
+        assert costs[0] == sum(search.front()[-1].proposal.encoding)
+        assert count == 1 or costs[-1] == sum(search.front()[0].proposal.encoding)
+        assert count < 3 or max(np.diff(costs[::-1])) < 2 * (costs[0] - costs[-1]) / (count - 1)
+    assert len(search.top(1000, lambda encoding: encoding)) == len(search.front())
+    assert Front(SMALL, 0, FRONT).top(3, lambda encoding: encoding) == []
+
+
+def test_a_front_resumes_as_if_never_interrupted() -> None:
+    search = Front(SCREENED, 3, FRONT)
+    while proposals := search.propose():
+        search = Front.from_json(json.loads(json.dumps(search.to_json())), FRONT)
+        assert search.propose() == proposals
+        search.tell([fitness(one.encoding) for one in proposals])
+    assert isinstance(search, Front)
+    assert search.judged == judged(Front(SCREENED, 3, FRONT)).judged
+    assert Front(SCREENED, 3, FRONT).hypervolume() == 0.0
+
+
+def test_survivors_are_the_undominated_first() -> None:
+    points = np.array([[1, 3], [3, 3], [2, 2], [3, 1], [2.5, 2.5]])
+    best = survivors(points, 4, numpy_generator(0))
+    assert set(best[:3]) == {0, 2, 3}
+    assert best[3] == 4
+    assert len(survivors(points, 9, numpy_generator(0))) == 5
+
+
+def test_hypervolume_is_the_share_that_is_dominated() -> None:
+    search = Front(Settings(2, 1), 0, FRONT)
+    first, second = search.propose()
+    search.tell([Score(0.9, 0.1), Score(0.4, 0.6)])
+    shares = FRONT.tightness(np.array([first.encoding, second.encoding]))
+    expected = 0.9 * (1 - shares[0]) + 0.4 * max(0.0, shares[0] - shares[1])
+    assert search.hypervolume() == pytest.approx(expected)
