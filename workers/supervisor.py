@@ -90,7 +90,7 @@ def evaluate_next(worker: str, stopping: Callable[[], bool], jobs_first: bool) -
         finally:
             _kill(runner)
             _release(owner)
-    if code:
+    if code not in (0, -signal.SIGTERM):  # it may have been told to stop before it could listen
         log.warning("job %s: the process that scored for it ended with %s", waiting[0][0], _name(code))
         in_vain[waiting[0]] += settings.attempts if code == os.EX_CONFIG else 1
     return True
