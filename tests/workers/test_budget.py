@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,3 +114,71 @@ def test_a_loose_budget_leaves_only_near_full_structures_and_still_samples() -> 
     found = budget.sample(10, numpy_generator(0, "loose"))
     assert len(found) == 10
     assert (budget.costs(found).flops >= 0.9 * FULL).all()
+
+
+@pytest.mark.parametrize("share", [1 / 8, 1 / 4, 1 / 2])
+def test_samples_cover_the_genes_and_do_not_collapse(share: float) -> None:
+    budget = Budget(SPACE, [Constraint(Metric.FLOPS, share * FULL)], {}, {}, least_share=0.97)
+    found = budget.sample(1000, numpy_generator(2, "coverage"))
+    assert len(set(map(tuple, found.tolist()))) > 950
+    widths = budget.channels(found) / budget.channels(np.array([SPACE.largest]))
+    assert (widths.std(axis=0) > 0.1).all()
+    for gene, choices in enumerate(SPACE.choices):
+        distinct = len(set(choices))
+        assert len(np.unique(found[:, gene])) > 0.7 * distinct
+        assert np.unique(found[:, gene], return_counts=True)[1].max() < 0.4 * len(found)
+    differ = (found[:200, None] != found[None, :200]).mean()
+    assert differ > 0.85
+    correlations = np.corrcoef(found.T) - np.eye(found.shape[1])
+    assert np.abs(correlations).max() < 0.7
+
+
+def test_repair_brings_structures_into_the_budget_and_changes_little() -> None:
+    budget = Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 8)], {}, {}, least_share=0.97)
+    found = budget.sample(200, numpy_generator(3, "repair"))
+    assert (budget.repair(found, numpy_generator(0)) == found).all()
+    mutated = found.copy()
+    mutated[:, 5] = (mutated[:, 5] + 6) % 31
+    repaired = budget.repair(mutated, numpy_generator(0))
+    assert budget.feasible(mutated).mean() < 0.5
+    assert budget.feasible(repaired).mean() > 0.65
+    assert np.abs(repaired - mutated).mean() < 2
+    assert (repaired == budget.repair(mutated, numpy_generator(0))).all()
+
+
+def test_equal_widths_are_sampled_as_one_encoding() -> None:
+    narrow = get_space("mobilenet_v1", 8, 0.1, 10, free_last=True)
+    budget = Budget(narrow, [Constraint(Metric.FLOPS, 20_000)], {}, {})
+    found = budget.sample(100, numpy_generator(0)).tolist()
+    assert all(narrow.encoding(narrow.channels(one)) == tuple(one) for one in found)
+
+
+def test_everything_is_what_a_full_enumeration_finds() -> None:
+    narrow = get_space("mobilenet_v1", 8, 0.1, 10, free_last=True)
+    smallest = flops(narrow.layers(narrow.channels(narrow.smallest)))
+    bounds = [Constraint(Metric.FLOPS, 1.02 * smallest, 1.005 * smallest), Constraint(Metric.PARAMETERS, 1e6)]
+    budget = Budget(narrow, bounds, {}, {})
+    everything = budget.everything(1000)
+    assert everything is not None
+    firsts = [sorted({widths.index(width) for width in widths})[:4] for widths in narrow.choices]
+    grid = np.array(list(product(*(choices if len(choices) < 4 else choices[:2] for choices in firsts))))
+    expected = set(map(tuple, grid[budget.feasible(grid)].tolist()))
+    assert budget.feasible(everything).all()
+    assert len(set(map(tuple, everything.tolist()))) == len(everything) > 10
+    assert expected <= set(map(tuple, everything.tolist()))
+    assert len(expected) > 10
+    assert budget.everything(len(everything)) is not None
+    assert budget.everything(len(everything) - 1) is None
+
+
+def test_a_space_that_is_not_small_is_given_up_at_once() -> None:
+    for least in (0.0, 0.97):
+        assert Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 8)], {}, {}, least).everything(1000) is None
+
+
+def test_uniform_networks_at_shares_of_the_budget() -> None:
+    budget = Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 2)], {}, {})
+    counts = [flops(SPACE.layers(budget.uniform(of))) for of in (0.0, 0.25, 0.5, 1.0)]
+    assert counts == sorted(set(counts))
+    assert all(count <= of * FULL / 2 for count, of in zip(counts[1:], (0.25, 0.5, 1.0), strict=True))
+    assert budget.uniform(1.0) == budget.uniform()
