@@ -204,6 +204,10 @@ class Client:
 
     # Results
 
+    def pruning_net(self, key: str) -> Json:
+        """One PruningNet: what it was trained for, and how well it ranks."""
+        return self._wire.json("GET", path("pruning-nets", key))
+
     def best(
         self, space: str, dataset: str, *, max_flops: int | None = None,
         max_parameters: int | None = None, max_latency_ms: Latencies | None = None, limit: int = 10, **options: Any,

@@ -76,6 +76,8 @@ class TrainingSpec(DescentSpec):
     band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
     normalise: bool | None = None
     """Scale generated weights to one deviation; not in the publication."""
+    weights: Literal["generated", "shared"] = "generated"
+    """`shared`: structures share plain weights of which each uses a part; the publication's ablation."""
     curriculum: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
     validation_images: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
@@ -89,7 +91,8 @@ class SearchSpec(Model):
     population: Annotated[int, Field(ge=2, le=1000)] | None = None
     parents: Annotated[int, Field(ge=1, le=1000)] | None = None
     mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
-    recalibration_images: Annotated[int, Field(ge=16, le=1_000_000)] | None = None
+    recalibration_images: Literal[0] | Annotated[int, Field(ge=16, le=1_000_000)] | None = None
+    """0 judges candidates with the batch norm statistics that the PruningNet was trained with."""
     rank_by: Literal["accuracy", "loss"] | None = None
     least_budget_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Candidates must use at least this share of the tightest upper bound (0: upper bounds only)."""
@@ -99,6 +102,16 @@ class RetrainingSpec(DescentSpec):
     """Training from scratch; `top` structures of the search are trained."""
 
     top: Annotated[int, Field(ge=1, le=10)] | None = None
+
+
+class FidelitySpec(Model):
+    """How well the PruningNet ranks: so many random structures of the budget are also trained from scratch; 0 is none.
+
+    They are trained as `retraining` says, but for `epochs` where it is given.
+    """
+
+    structures: Literal[0] | Annotated[int, Field(ge=4, le=200)] = 0
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
 class JobRequest(Model):
@@ -119,6 +132,7 @@ class JobRequest(Model):
     training: TrainingSpec = TrainingSpec()
     search: SearchSpec = SearchSpec()
     retraining: RetrainingSpec = RetrainingSpec()
+    fidelity: FidelitySpec = FidelitySpec()
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     baselines: bool = True
     """Whether the uniform network at the same budget is trained for comparison."""
@@ -189,6 +203,8 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
             preset |= PUBLISHED.get(request.space, {}).get(part, {})
         given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}
         filled[part] = type(getattr(request, part)).model_validate(preset | given)
+    epochs = request.fidelity.epochs or filled["retraining"].epochs
+    filled["fidelity"] = request.fidelity.model_copy(update={"epochs": epochs})
     filled["image_size"] = request.image_size or native_image_size
     filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
     return request.model_copy(update=filled)

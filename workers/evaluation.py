@@ -25,7 +25,7 @@ class Scorer:
     """Judges encodings of one PruningNet, which it does not change.
 
     Args:
-        recalibration_images: of the sub-training set, chosen by `seed`.
+        recalibration_images: of the sub-training set, chosen by `seed`; 0 keeps the statistics that were trained.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Scorer:
     def score(self, encoding: Sequence[int]) -> Score:
         """Accuracy and loss on the sub-validation set with generated weights and recalibrated batch norms."""
         plain = self._network.crop(encoding)
-        recalibrate(plain, self._recalibration, self._batch_size, self._device)
+        if len(self._recalibration):
+            recalibrate(plain, self._recalibration, self._batch_size, self._device)
         return evaluate(plain, self._validation, self._device, self._batch_size)
 
 

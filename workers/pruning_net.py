@@ -5,6 +5,9 @@ is fed the scales (0.10 to 1.00) of the slots in `unit.encoding`, in that order;
 a structure is the leading block of the block's output, so only that part is computed: `c_out` and `c_in` are
 dimensions of the second layer's parameters.
 
+Without hidden units (H = 0) a block's output is its bias: one plain weight per convolution that all structures share,
+the publication's ablation "without weight prediction". Nothing else differs.
+
 Every place has one batch norm per choice of `unit.norm_slot` (one for a fixed slot). In spaces without shortcuts the
 norms of the first convolution and of depthwise convolutions are affine, all others are not: the authors' MobileNetV1,
 V2 and ResNet. Classifiers are ordinary linear layers, cropped by columns.
@@ -26,6 +29,8 @@ from workers.networks import NORM_EPSILON, PlainNetwork, convolve, pool, run
 
 NORM_MOMENTUM = 0.1
 TINY = 1e-12
+SHARED = 0
+"""Hidden units of blocks that generate nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Crop:
 
 
 class Generator(nn.Module):
-    """Writes the weight of one convolution."""
+    """Writes the weight of one convolution; without hidden units it is the weight."""
 
     def __init__(self, unit: Unit, hidden: int, normalised: bool) -> None:
         super().__init__()
@@ -107,7 +112,8 @@ class PruningNet(nn.Module):
     """All structures of a space in one network, initialised from `seed` as torch initialises linear layers.
 
     Args:
-        hidden: hidden units of every block; None is as published: 64 for MobileNetV2's bottlenecks, else 32.
+        hidden: hidden units of every block; None is as published: 64 for MobileNetV2's bottlenecks, else 32. `SHARED`
+            shares plain weights instead of generating them.
         normalised: scale every generated weight to He's deviation (not in the publication). A batch norm follows, so
             the network's outputs stay the same; the gradients become alike for all widths.
     """
@@ -121,7 +127,8 @@ class PruningNet(nn.Module):
         self.generators, self.norms, self.classifiers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for i, unit in enumerate(space.units):
             if unit.encoding:
-                self.generators[str(i)] = Generator(unit, hidden or _hidden(space, unit), normalised)
+                width = _hidden(space, unit) if hidden is None else hidden
+                self.generators[str(i)] = Generator(unit, width, normalised)
                 plain = unit.input == IMAGE or unit.op is Op.DEPTHWISE
                 options = 1 if _gene(space, unit.norm_slot) is None else CHOICES
                 self.norms[str(i)] = ChoiceNorm(unit, options, affine and plain)
@@ -131,13 +138,14 @@ class PruningNet(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Every layer uniform in ± 1 / sqrt(inputs)."""
+        """Every layer uniform in ± 1 / sqrt(inputs); shared weights are layers of c_in * k * k inputs."""
         random = torch.Generator().manual_seed(seed)
         for block in self.generators.values():
             assert isinstance(block, Generator)
             hidden, inputs = block.first_weight.shape
+            second = hidden or block.bias[0].numel()
             for weight, fan_in in (
-                (block.first_weight, inputs), (block.first_bias, inputs), (block.weight, hidden), (block.bias, hidden),
+                (block.first_weight, inputs), (block.first_bias, inputs), (block.weight, second), (block.bias, second),
             ):  # fmt: skip
                 weight.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=random)
         for layer in self.classifiers.values():

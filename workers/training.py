@@ -22,7 +22,7 @@ from latency_profiler.spaces.space import CHOICES, Space
 from workers.datasets import Batches, Data
 from workers.evolution import DIVERGED
 from workers.networks import PlainNetwork
-from workers.pruning_net import PruningNet
+from workers.pruning_net import SHARED, PruningNet
 from workers.sampling import Genes, numpy_generator, sample
 from workers.sgd import CroppedSGD, Momentum, Rule
 
@@ -48,6 +48,8 @@ class TrainingSettings:
     very few channels a dead one makes gradients explode through its batch norm."""
     normalise: bool = False
     """Whether generated weights are scaled to one deviation (`PruningNet`)."""
+    weights: Literal["generated", "shared"] = "generated"
+    """Whether a PruningNet generates weights, or structures share plain ones."""
     curriculum: float = 0.0
     """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
 
@@ -55,6 +57,11 @@ class TrainingSettings:
     def of(cls, fields: Mapping[str, Any]) -> "TrainingSettings":
         """From a request's fields; those that are no setting of training are left out."""
         return cls(**{name: fields[name] for name in cls.__slots__ if fields.get(name) is not None})
+
+    @property
+    def hidden(self) -> int | None:
+        """Hidden units of a PruningNet's blocks, for `PruningNet`."""
+        return SHARED if self.weights == "shared" else None
 
     def rate(self, epoch: int) -> float:
         """Learning rate of an epoch."""
@@ -179,10 +186,10 @@ class PruningNetTrainer(Trainer):
 
     def __init__(
         self, space: Space, data: Data, settings: TrainingSettings, seed: int,
-        band: tuple[float, float] | None, device: torch.device, hidden: int | None = None,
+        band: tuple[float, float] | None, device: torch.device,
     ) -> None:  # fmt: skip
         super().__init__(data.sub_training, settings, seed, device)
-        self.network = PruningNet(space, hidden, seed, normalised=settings.normalise).to(device)
+        self.network = PruningNet(space, settings.hidden, seed, normalised=settings.normalise).to(device)
         self._structures = Structures(space, band, seed, int(settings.curriculum * self.total))
         self._blocks = {name: CroppedSGD(crop) for name, crop in self.network.crops(space.largest).items()}
         self._sgd = Momentum(*self.network.ordinary())

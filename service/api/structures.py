@@ -99,6 +99,8 @@ class Trained(BaseModel):
     test_loss: float
     predicted_ms: dict[str, float]
     measured_ms: dict[str, float]
+    reused: bool
+    """Taken over from an earlier training of exactly the same."""
     artifacts: list[str]
 
 
@@ -271,7 +273,7 @@ def _trained(result: Result) -> Trained:
     return Trained(
         job_id=result.job_id, role=result.role, proxy_accuracy=result.proxy_accuracy,
         test_accuracy=result.test_accuracy, test_loss=result.test_loss, predicted_ms=milliseconds(result.predicted),
-        measured_ms=milliseconds(result.measured), artifacts=list(_files(result)),
+        measured_ms=milliseconds(result.measured), reused=result.reused, artifacts=list(_files(result)),
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def submit(
     generations: Number = None,
     population: Number = None,
     retraining_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs from scratch.")] = None,
+    fidelity: Annotated[int | None, typer.Option(help="Train so many random structures to judge the proxy.")] = None,
     baselines: Annotated[bool | None, typer.Option(help="Also train the uniform network at the budget.")] = None,
     method: Text = None,
     name: Annotated[str | None, typer.Option(help="A name of your own.")] = None,
@@ -73,6 +74,7 @@ def submit(
         ("training", given(epochs=epochs)),
         ("search", given(generations=generations, population=population)),
         ("retraining", given(epochs=retraining_epochs)),
+        ("fidelity", given(structures=fidelity)),
     ):
         if options:
             job[part] = (job.get(part) or {}) | options

@@ -126,6 +126,18 @@ def show_result(console: Console, result: Row) -> None:
     ]  # fmt: skip
     show(console, ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy"], rows)
     show_channels(console, roles)
+    if fidelity := result.get("fidelity"):
+        show_fidelity(console, fidelity["variants"])
+
+
+def show_fidelity(console: Console, variants: Sequence[Row]) -> None:
+    """How well the PruningNet ranks, by each way to judge."""
+    taus = [
+        f"{text(one['tau'])} by {one['rank_by']}" + ("" if one["recalibrated"] else " without recalibration")
+        for one in variants
+    ]
+    facts = f"{variants[0]['structures']} structures, {variants[0]['weights']} weights"
+    console.print(f"fidelity (Kendall's tau, {facts}): {', '.join(taus)}", soft_wrap=True)
 
 
 def show_channels(console: Console, roles: Sequence[tuple[str, Row]]) -> None:

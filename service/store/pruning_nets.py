@@ -1,11 +1,15 @@
 """Trained PruningNets, shared by all jobs that would train the same one."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from service.store.models import TERMINAL, Job, PruningNet
+from latency_profiler.errors import NotFound
+from service.store.models import TERMINAL, Dataset, Job, PruningNet
+
+NAMED = select(PruningNet, Dataset.name).join(Dataset, Dataset.id == PruningNet.dataset_id)
 
 
 def find(session: Session, family: str, flops: float, job_id: str) -> PruningNet | None:
@@ -41,6 +45,44 @@ def save(session: Session, key: str, *, checkpoint: str, progress: dict[str, Any
     session.execute(update(PruningNet).where(PruningNet.key == key).values(**values))
 
 
+def judge(session: Session, key: str, fidelity: list[dict[str, Any]]) -> None:
+    """Store how well a net ranks structures; guarded as `save` is."""
+    session.execute(update(PruningNet).where(PruningNet.key == key).values(fidelity=fidelity))
+
+
 def get(session: Session, key: str) -> PruningNet:
     """A net that is known to exist."""
     return session.get_one(PruningNet, key)
+
+
+def read(session: Session, key: str) -> tuple[PruningNet, str]:
+    """One net and the name of its dataset.
+
+    Raises:
+        NotFound: no net has this key.
+    """
+    row = session.execute(NAMED.where(PruningNet.key == key)).one_or_none()
+    if row is None:
+        raise NotFound("PruningNet", key)
+    return row[0], row[1]
+
+
+def newest(
+    session: Session, *, limit: int, before: tuple[float, str] | None = None, space: str | None = None,
+    dataset_id: str | None = None,
+) -> Sequence[tuple[PruningNet, str]]:  # fmt: skip
+    """Nets and the names of their datasets, the newest first.
+
+    Args:
+        before: creation time and key of the net behind which the list begins.
+        space: a space's name or its whole key.
+    """
+    query = NAMED.order_by(PruningNet.created_at.desc(), PruningNet.key.desc()).limit(limit)
+    if before is not None:
+        query = query.where(tuple_(PruningNet.created_at, PruningNet.key) < tuple_(*before))
+    if space is not None:
+        named = PruningNet.space_key.startswith(f"{space}@", autoescape=True)
+        query = query.where(or_(PruningNet.space_key == space, named))
+    if dataset_id is not None:
+        query = query.where(PruningNet.dataset_id == dataset_id)
+    return [(net, name) for net, name in session.execute(query)]

@@ -19,7 +19,7 @@ def record(session: Session, job: Job, space: Space, channels: tuple[int, ...], 
 
 
 def of_job(session: Session, job_id: str) -> Sequence[Result]:
-    """A job's results: winners by rank, then the uniform network."""
+    """A job's results: winners by rank, then the uniform network, then what was trained to judge the proxy."""
     query = select(Result).where(Result.job_id == job_id)
     return session.scalars(query.order_by(Result.role.desc(), Result.rank, Result.id)).all()
 
@@ -28,6 +28,17 @@ def find(session: Session, job_id: str, structure_id: str, role: Role) -> Result
     """The result of one structure of a job, if it was trained already."""
     query = select(Result).where(Result.job_id == job_id, Result.structure_id == structure_id, Result.role == role)
     return session.scalar(query)
+
+
+def same_training(session: Session, recipe: str) -> Result | None:
+    """An earlier outcome, of any job, of exactly this training."""
+    return session.scalar(select(Result).where(Result.recipe == recipe).order_by(Result.id).limit(1))
+
+
+def judged(session: Session, job_id: str, structure_id: str, role: Role, proxy_accuracy: float) -> None:
+    """Store the proxy accuracy of a structure that was trained before it was judged."""
+    chosen = (Result.job_id == job_id, Result.structure_id == structure_id, Result.role == role)
+    session.execute(update(Result).where(*chosen).values(proxy_accuracy=proxy_accuracy))
 
 
 def measured(session: Session, result_id: int, seconds: Mapping[str, float]) -> None:
@@ -54,6 +65,7 @@ def summary(session: Session, result: Result, encoding: Sequence[int] | None) ->
         "proxy_accuracy": result.proxy_accuracy,
         "test_accuracy": result.test_accuracy,
         "test_loss": result.test_loss,
+        "reused": result.reused,
     }
 
 

@@ -34,6 +34,16 @@ def test_scoring_is_repeatable_and_leaves_the_pruning_net_alone(data: Data) -> N
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def test_without_recalibration_the_trained_statistics_count(data: Data) -> None:
+    net = PruningNet(SPACE)
+    images, _ = next(data.sub_training.plain(50, CPU))
+    net.train()(images, SPACE.largest)
+    trained = net.crop(SPACE.largest)
+    score = Scorer(net, data, recalibration_images=0, seed=0, device=CPU).score(SPACE.largest)
+    assert score == evaluate(trained, data.sub_validation, CPU)
+    assert score != Scorer(net, data, recalibration_images=64, seed=0, device=CPU).score(SPACE.largest)
+
+
 def test_evaluation_equals_a_count_by_hand(data: Data) -> None:
     plain = PruningNet(SPACE).crop(SPACE.largest)
     images, labels = zip(*data.test.plain(30, CPU), strict=True)

@@ -19,7 +19,19 @@ from service.store import agents, blobs, devices, jobs, results
 from service.store.agents import Batch, Outcome
 from service.store.jobs import Claim
 from service.store.measurements import canonical_sha
-from service.store.models import Candidate, Dataset, Job, JobState, PruningNet, Structure, Work, WorkKind, new_id, now
+from service.store.models import (
+    Candidate,
+    Dataset,
+    Job,
+    JobState,
+    PruningNet,
+    Result,
+    Structure,
+    Work,
+    WorkKind,
+    new_id,
+    now,
+)  # fmt: skip
 from service.store.session import transaction
 from workers.steps.advance import advance
 from workers.steps.context import Context
@@ -319,13 +331,19 @@ def fate(job: Job) -> str:
     return json.dumps([candidates(job.id), found], default=str)
 
 
+def forget() -> None:
+    """Nothing can be taken over from the jobs before."""
+    with transaction() as session:
+        session.execute(update(PruningNet).values(family="forgotten", key=new_id()))
+        session.execute(update(Result).values(recipe=None))
+
+
 def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("training", "retraining"):
         monkeypatch.setattr(f"workers.steps.{module}.SLICE", 0.05)  # several checkpoints although the job is short
     short = {"search": {"generations": 2, "population": 4}}
     undisturbed = fate(run(submit(flops_bound(0.4), **short)))
-    with transaction() as session:  # so that the second job trains its own PruningNet
-        session.execute(update(PruningNet).values(family="forgotten", key=new_id()))
+    forget()
 
     job_id, phases = submit(flops_bound(0.4), **short), set()
     for life in range(100):

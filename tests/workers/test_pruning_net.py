@@ -6,7 +6,7 @@ from torch import nn
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import CHOICES, Space, scale, width_of
 from workers.networks import PlainNetwork
-from workers.pruning_net import ChoiceNorm, Generator, PruningNet
+from workers.pruning_net import SHARED, ChoiceNorm, Generator, PruningNet
 
 SMALL = {"mobilenet_v1": 0.25, "mobilenet_v2": 0.25, "resnet20": 1.0, "resnet50": 0.1, "vgg16": 0.125}
 
@@ -20,11 +20,12 @@ def encodings(space: Space, count: int) -> list[tuple[int, ...]]:
     return [space.largest, space.smallest, *(tuple(genes) for genes in drawn.tolist())]
 
 
+@pytest.mark.parametrize("hidden", [None, SHARED])
 @pytest.mark.parametrize("free_last", [True, False])
 @pytest.mark.parametrize("name", SMALL)
-def test_eval_equals_the_cropped_plain_network_bitwise(name: str, free_last: bool) -> None:
+def test_eval_equals_the_cropped_plain_network_bitwise(name: str, free_last: bool, hidden: int | None) -> None:
     space = space_of(name, free_last)
-    net = PruningNet(space)
+    net = PruningNet(space, hidden, normalised=hidden == SHARED)
     images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     for encoding in encodings(space, 3):
         net.train()
@@ -36,17 +37,18 @@ def test_eval_equals_the_cropped_plain_network_bitwise(name: str, free_last: boo
         assert plain.channels == space.channels(encoding)
 
 
+@pytest.mark.parametrize("hidden", [None, SHARED])
 @pytest.mark.parametrize("name", ["mobilenet_v1", "resnet20", "vgg16"])
-def test_gradients_are_zero_outside_the_crop_and_other_norms_keep_still(name: str) -> None:
+def test_gradients_are_zero_outside_the_crop_and_other_norms_keep_still(name: str, hidden: int | None) -> None:
     space = space_of(name)
-    net = PruningNet(space)
+    net = PruningNet(space, hidden)
     encoding = encodings(space, 1)[2]
     before = {key: value.clone() for key, value in net.state_dict().items()}
     net(torch.randn(4, 3, 16, 16), encoding).sum().backward()
     for unit_name, crop in net.crops(encoding).items():
         block = net.generators[unit_name]
         c_out, c_in = crop.bias.shape[:2]
-        grad = block.weight.grad
+        grad = block.bias.grad if hidden == SHARED else block.weight.grad
         assert grad[:c_out, :c_in].abs().sum() > 0
         grad[:c_out, :c_in] = 0
         assert grad.abs().sum() == 0
@@ -57,6 +59,20 @@ def test_gradients_are_zero_outside_the_crop_and_other_norms_keep_still(name: st
             moved = (now != then).any(dim=1)
             assert moved.nonzero().flatten().tolist() == [chosen]
             assert torch.equal(now[chosen, crop.bias.shape[0] :], then[chosen, crop.bias.shape[0] :])
+
+
+def test_shared_weights_are_the_leading_block_of_one_plain_weight() -> None:
+    space = space_of("mobilenet_v2")
+    net = PruningNet(space, SHARED, seed=3)
+    largest, smaller = net.crop(space.largest), net.crop(encodings(space, 1)[2])
+    for name, conv in largest.convs.items():
+        block, crop = net.generators[name], smaller.convs[name].weight
+        assert torch.equal(conv.weight.flatten(2), block.bias)
+        assert torch.equal(crop, conv.weight[: crop.shape[0], : crop.shape[1]])
+        bound = conv.weight[0].numel() ** -0.5
+        assert 0.5 * bound < conv.weight.abs().max() <= bound
+        assert sum(p.numel() for p in block.parameters()) == conv.weight.numel()
+    assert not torch.equal(PruningNet(space, SHARED, seed=4).generators["0"].bias, net.generators["0"].bias)
 
 
 def test_a_generated_weight_is_the_leading_part_of_two_linear_layers() -> None:

@@ -124,9 +124,10 @@ def test_kill_9_of_the_runner_in_every_phase_changes_nothing(submit: Callable[..
 
 
 def forget_net() -> None:
-    """Let the next job train its own PruningNet."""
+    """Let the next job train everything itself."""
     with transaction() as session:
         session.execute(update(PruningNet).values(family="forgotten", key=new_id()))
+        session.execute(update(Result).values(recipe=None))
 
 
 def test_cancel_stops_a_running_job_within_seconds(submit: Callable[..., str]) -> None:

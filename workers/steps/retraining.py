@@ -1,6 +1,11 @@
-"""`retraining`: winners and the uniform network from scratch on the whole training set, then tested once."""
+"""`retraining`: winners and the uniform network from scratch on the whole training set, then tested once.
+
+A training that was done before, by any job, on the same machine with the same code, is not done again.
+"""
 
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from latency_profiler.graphs import build_model
 from service.store import blobs, jobs, results
@@ -9,23 +14,30 @@ from service.store.session import transaction
 from workers import checkpoints
 from workers.evaluation import test
 from workers.networks import folded_weights
+from workers.steps import fidelity
 from workers.steps.context import SLICE, Context
 from workers.steps.outcome import MOVED, Outcome
+from workers.steps.recipe import recipe
 from workers.training import ScratchTrainer, TrainingSettings
 
 
 def step(context: Context, job: Job) -> Outcome:
     """Train the first structure of the queue without a result for a slice; when all have one, go on."""
+    to_judge = any(trial["role"] == Role.FIDELITY for trial in job.memory["queue"])
     with transaction() as session:
         waiting = [
             trial for trial in job.memory["queue"]
             if results.find(session, job.id, trial["structure_id"], Role(trial["role"])) is None
         ]  # fmt: skip
-        if not waiting:
+        if not waiting and not to_judge:
             state = JobState.VERIFYING
             jobs.save_step(session, context.claim, state=state, memory={**job.memory, "since": None})
             return MOVED
+    if not waiting:
+        return fidelity.step(context, job)
     trial = waiting[0]
+    if _take_over(context, job, trial):
+        return MOVED
     done = len(job.memory["queue"]) - len(waiting)
     kept = job.memory.get("checkpoint") or {}
     sha256 = kept.get("sha256")
@@ -46,8 +58,46 @@ def step(context: Context, job: Job) -> Outcome:
     return MOVED
 
 
+def _settings(context: Context, trial: dict[str, Any]) -> dict[str, Any]:
+    """The request's fields for a trial: those that are trained to judge the proxy have epochs of their own."""
+    settings = context.spec.retraining.model_dump()
+    return settings | {"epochs": context.spec.fidelity.epochs} if trial["role"] == Role.FIDELITY else settings
+
+
+def _recipe(context: Context, trial: dict[str, Any]) -> str:
+    return recipe(context, trial["channels"], TrainingSettings.of(_settings(context, trial)))
+
+
+def _take_over(context: Context, job: Job, trial: dict[str, Any]) -> bool:
+    """Store what an earlier training by the same recipe gave; False where there is none with its files."""
+    with transaction() as session:
+        found = results.same_training(session, _recipe(context, trial))
+        files = () if found is None else (found.weights, found.model)
+        if found is None or not all(sha256 and blobs.blob_path(sha256).is_file() for sha256 in files):
+            return False
+        _record(
+            session, context, job, trial, test_accuracy=found.test_accuracy, test_loss=found.test_loss,
+            weights=found.weights, model=found.model, reused=True,
+        )  # fmt: skip
+        dropped = _replace(context, job, session, None)
+    _remove(dropped)
+    context.forget("scratch")
+    return True
+
+
+def _record(session: Session, context: Context, job: Job, trial: dict[str, Any], **outcome: Any) -> None:
+    """The row of a trial; others may take it over only if one machine has made it."""
+    channels = tuple(trial["channels"])
+    results.record(
+        session, job, context.space, channels, Role(trial["role"]), rank=trial["rank"],
+        proxy_accuracy=trial["proxy_accuracy"], settings=_settings(context, trial),
+        predicted=context.budget(job).predict(channels), recipe=_recipe(context, trial) if job.reproducible else None,
+        **outcome,
+    )  # fmt: skip
+
+
 def _trainer(context: Context, trial: dict[str, Any], kept: dict[str, Any]) -> ScratchTrainer:
-    settings = TrainingSettings.of(context.spec.retraining.model_dump())
+    settings = TrainingSettings.of(_settings(context, trial))
     trainer = ScratchTrainer(
         context.space, tuple(trial["channels"]), context.data, settings, context.spec.seed, context.device
     )
@@ -76,11 +126,9 @@ def _finish(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchT
     with transaction() as session:
         for sha256 in (weights, onnx):
             blobs.register(session, sha256)
-        results.record(
-            session, job, context.space, channels, Role(trial["role"]), rank=trial["rank"],
-            proxy_accuracy=trial["proxy_accuracy"], test_accuracy=score.accuracy, test_loss=score.loss,
-            settings=context.spec.retraining.model_dump(), predicted=context.budget(job).predict(channels),
-            weights=weights, model=onnx,
+        _record(
+            session, context, job, trial, test_accuracy=score.accuracy, test_loss=score.loss, weights=weights,
+            model=onnx,
         )  # fmt: skip
         dropped = _replace(context, job, session, None)
     _remove(dropped)

@@ -15,7 +15,7 @@ from service.store.session import transaction
 from workers import evolution
 from workers.budget import Budget
 from workers.evolution import Evolution, Proposal, Score
-from workers.steps import measuring, scoring
+from workers.steps import fidelity, measuring, scoring
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
@@ -142,7 +142,7 @@ def search_on(
 
 
 def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]]:
-    """What to retrain: the best distinct structures, then the uniform network at the same budget."""
+    """What to retrain: the best distinct structures, the uniform network at the same budget, and random ones."""
     space = context.space
     best = search.top(context.spec.retraining.top or 1, lambda encoding: space.digest(space.channels(encoding)))
     queue = [
@@ -154,7 +154,10 @@ def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]
     if context.spec.baselines:
         uniform = context.budget(job).uniform()  # under the corrections of now
         queue.append(_trial(space, Role.UNIFORM, 0, uniform, None, None))
-    return queue
+    return queue + [
+        _trial(space, Role.FIDELITY, rank, space.channels(encoding), encoding, None)
+        for rank, encoding in enumerate(fidelity.draw(context, job))
+    ]
 
 
 def _trial(

@@ -41,7 +41,12 @@ def step(context: Context, job: Job) -> Outcome:
 
 def scorer(context: Context, job: Job) -> Scorer:
     """Judges candidates with the job's PruningNet."""
-    return context.keep("scorer", job.memory["net"], lambda: _scorer(context, job.memory["net"]))
+    return context.keep("scorer", job.memory["net"], lambda: _scorer(context, job))
+
+
+def pruning_net(context: Context, job: Job) -> PruningNet:
+    """The job's trained PruningNet."""
+    return context.keep("network", job.memory["net"], lambda: _pruning_net(context, job.memory["net"]))
 
 
 def _train(context: Context, job: Job, key: str, trainer: PruningNetTrainer, old: str | None) -> Outcome:
@@ -77,16 +82,21 @@ def _trainer(
     return trainer
 
 
-def _scorer(context: Context, key: str) -> Scorer:
+def _pruning_net(context: Context, key: str) -> PruningNet:
     with transaction() as session:
         checkpoint = pruning_nets.get(session, key).checkpoint
     assert checkpoint is not None
-    network = PruningNet(context.space, normalised=bool(context.spec.training.normalise))
+    settings = TrainingSettings.of(context.spec.training.model_dump())
+    network = PruningNet(context.space, settings.hidden, normalised=settings.normalise)
     network.load_state_dict(checkpoints.load(blobs.blob_path(checkpoint), checkpoint))
+    return network
+
+
+def _scorer(context: Context, job: Job) -> Scorer:
     assert context.spec.search.recalibration_images is not None
     return Scorer(
-        network, context.data, recalibration_images=context.spec.search.recalibration_images, seed=context.spec.seed,
-        device=context.device,
+        pruning_net(context, job), context.data, recalibration_images=context.spec.search.recalibration_images,
+        seed=context.spec.seed, device=context.device,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from service.store import jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
-from workers.steps import measuring
+from workers.steps import fidelity, measuring
 from workers.steps.context import Context
 from workers.steps.outcome import ENDED, FOR_DEVICE, Outcome
 from workers.steps.searching import search_on
@@ -53,6 +53,7 @@ def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> No
 
 def _end(context: Context, job: Job, state: JobState, away: list[str]) -> Outcome:
     warnings = [*job.warnings, *(f"device {name} did not measure the winner in time" for name in away)]
+    warnings += fidelity.warnings(context, job)
     with transaction() as session:
         result = _result(context, job, session)
         jobs.finish(session, context.claim, state, result=result, warnings=warnings)
@@ -70,6 +71,7 @@ def _result(context: Context, job: Job, session: Any) -> dict[str, Any]:
         "winner": shown[Role.WINNER][0],
         "runners_up": shown[Role.WINNER][1:],
         "uniform": next(iter(shown[Role.UNIFORM]), None),
+        "fidelity": job.memory.get("fidelity"),
         "candidates": results.candidate_count(session, job.id),
         "pruning_net_reused": job.memory["reused"],
         "pruning_net": job.memory["net"],
