@@ -85,8 +85,15 @@ class TrainingSpec(DescentSpec):
 
 
 class SearchSpec(Model):
-    """The evolutionary search; one generation is `population` candidates."""
+    """The search; one generation is `population` candidates.
 
+    Where a budget leaves no more structures than there are candidates, all are judged, unless `strategy` is random.
+    """
+
+    strategy: Literal["evolution", "random"] = "evolution"
+    """`random` judges as many random structures: what evolution is to be compared with."""
+    seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    """Of the search alone, so that several can share a PruningNet; None is the job's."""
     generations: Annotated[int, Field(ge=1, le=1000)] | None = None
     population: Annotated[int, Field(ge=2, le=1000)] | None = None
     parents: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -94,12 +101,16 @@ class SearchSpec(Model):
     recalibration_images: Literal[0] | Annotated[int, Field(ge=16, le=1_000_000)] | None = None
     """0 judges candidates with the batch norm statistics that the PruningNet was trained with."""
     rank_by: Literal["accuracy", "loss"] | None = None
+    repair: bool | None = None
+    """Whether offspring that miss the budget are moved into it; not in the publication, which drops them."""
+    screening: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Offspring bred for each candidate; those that a model of the judged ones expects most of are judged."""
     least_budget_share: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Candidates must use at least this share of the tightest upper bound (0: upper bounds only)."""
+    """Candidates must use at least this share of the tightest upper bound (0: upper bounds only, as for fronts)."""
 
 
 class RetrainingSpec(DescentSpec):
-    """Training from scratch; `top` structures of the search are trained."""
+    """Training from scratch; `top` structures of the search are trained, of a front evenly spread over its cost."""
 
     top: Annotated[int, Field(ge=1, le=10)] | None = None
 
@@ -126,6 +137,8 @@ class JobRequest(Model):
     """Whether the width before the classifier is a gene; fixed is as published."""
     dataset: Name
     constraints: Annotated[list[AnyConstraint], Field(min_length=1, max_length=8)]
+    objective: Literal["best", "front"] = "best"
+    """`front` looks for the best structures at every cost within the one constraint."""
     measure_on: Annotated[list[Name], Field(max_length=8)] = []
     """Devices that measure the winner although no constraint names them."""
     effort: Effort = "standard"
@@ -147,6 +160,14 @@ class JobRequest(Model):
             if (constraint.metric, constraint.device) in seen:
                 raise ValueError(f"{bound.metric} is constrained twice; give one constraint with both bounds")
             seen.add((constraint.metric, constraint.device))
+        return self
+
+    @model_validator(mode="after")
+    def _one_cost(self) -> "JobRequest":
+        if self.objective == "front" and len(self.constraints) > 1:
+            raise ValueError("a front is searched against one cost; give one constraint")
+        if self.objective == "front" and self.search.least_budget_share:
+            raise ValueError("a front has no least_budget_share; give its constraint a lower bound")
         return self
 
 
@@ -175,6 +196,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
     },
 }  # fmt: skip
+MEMBERS = 3
+"""So many structures of a front are trained from scratch where the request names no number."""
 LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
 """`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
@@ -197,14 +220,19 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
     for part in ("training", "search", "retraining"):
         preset = dict(PRESETS[request.effort][part])
         if part == "search":
-            preset |= {"mutation_probability": 0.1, "rank_by": "accuracy" if paper else "loss"}
-            preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort]
+            preset |= {"mutation_probability": 0.1 if paper else 0.2, "rank_by": "accuracy" if paper else "loss"}
+            preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort] if request.objective == "best" else 0.0
+            preset |= {"repair": not paper, "screening": 1 if paper else 4}
+        if part == "retraining" and request.objective == "front":
+            preset["top"] = MEMBERS
         if paper:
             preset |= PUBLISHED.get(request.space, {}).get(part, {})
         given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}
         filled[part] = type(getattr(request, part)).model_validate(preset | given)
     epochs = request.fidelity.epochs or filled["retraining"].epochs
     filled["fidelity"] = request.fidelity.model_copy(update={"epochs": epochs})
+    if filled["search"].seed is None:
+        filled["search"] = filled["search"].model_copy(update={"seed": request.seed})
     filled["image_size"] = request.image_size or native_image_size
     filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
     return request.model_copy(update=filled)

@@ -51,6 +51,8 @@ def submit(
     population: Number = None,
     retraining_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs from scratch.")] = None,
     fidelity: Annotated[int | None, typer.Option(help="Train so many random structures to judge the proxy.")] = None,
+    objective: Annotated[str | None, typer.Option(help="best, or front: the best at every cost.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="evolution, or random to compare with.")] = None,
     baselines: Annotated[bool | None, typer.Option(help="Also train the uniform network at the budget.")] = None,
     method: Text = None,
     name: Annotated[str | None, typer.Option(help="A name of your own.")] = None,
@@ -68,11 +70,11 @@ def submit(
     job |= given(
         space=space, dataset=dataset, constraints=_constraints(counts, latency_bounds(device, max_ms)),
         measure_on=measure_on, effort=effort, seed=seed, image_size=image_size, width=width, last_layer=last_layer,
-        baselines=baselines, method=method, name=name,
+        objective=objective, baselines=baselines, method=method, name=name,
     )  # fmt: skip
     for part, options in (
         ("training", given(epochs=epochs)),
-        ("search", given(generations=generations, population=population)),
+        ("search", given(strategy=strategy, generations=generations, population=population)),
         ("retraining", given(epochs=retraining_epochs)),
         ("fidelity", given(structures=fidelity)),
     ):

@@ -115,8 +115,10 @@ def show_job(console: Console, job: Row) -> None:
 
 
 def show_result(console: Console, result: Row) -> None:
-    """Winner beside the uniform network of the same budget."""
-    roles = [(role, result[role]) for role in ("winner", "uniform") if result.get(role)]
+    """Winner, or every member of a front, beside the uniform network of the same budget."""
+    members = [(one, one["uniform"]) for one in result.get("front") or []]
+    pairs = members or [(result.get("winner"), result.get("uniform"))]
+    roles = [(role, one) for pair in pairs for role, one in zip(("winner", "uniform"), pair, strict=True) if one]
     rows = [
         [
             role, count(one["flops"]), count(one["parameters"]), milliseconds(one.get("predicted_ms")),
@@ -126,8 +128,23 @@ def show_result(console: Console, result: Row) -> None:
     ]  # fmt: skip
     show(console, ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy"], rows)
     show_channels(console, roles)
+    if generations := result.get("generations"):
+        show_generations(console, generations)
     if fidelity := result.get("fidelity"):
         show_fidelity(console, fidelity["variants"])
+
+
+def show_generations(console: Console, generations: Sequence[Row]) -> None:
+    """How the search went; diversity is the mean share of genes in which two candidates of a generation differ."""
+    names = ("generation", "candidates", "best_accuracy", "mean_accuracy", "diversity", "hypervolume")
+    shown = [name for name in names if name in generations[0]]
+    rows = [
+        [one[name] if name in names[:2] else percent(one[name]) for name in shown]
+        for one in generations
+    ]  # fmt: skip
+    show(console, [name.replace("_", " ") for name in shown], rows)
+    if generations[0]["exhaustive"]:
+        console.print("every structure within the budget was judged")
 
 
 def show_fidelity(console: Console, variants: Sequence[Row]) -> None:

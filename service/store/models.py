@@ -444,13 +444,13 @@ class Candidate(Base):
     proxy_accuracy: Mapped[float]
     proxy_loss: Mapped[float]
     birth: Mapped[str] = mapped_column(String(16))
-    """`random`, `mutation` or `crossover`."""
+    """`random`, `mutation`, `crossover` or `enumeration`."""
     parents: Mapped[list[Any]]
     """Encoding keys of its parents."""
 
 
 class Chunk(Base):
-    """A part of a generation that one worker scores at a time; gone when the generation is told or the job has ended."""
+    """A part of a generation that one worker scores at a time; gone when its generation is told or its job ends."""
 
     __tablename__ = "chunks"
     __table_args__ = (

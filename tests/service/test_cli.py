@@ -19,6 +19,7 @@ from latency_profiler.lookup_table import Entry, LatencyTable
 from latency_profiler.spaces.registry import get_space
 from service import cli
 from service.app import create_app
+from service.commands import tables
 from service.commands.options import parse_count
 from service.commands.watching import JobBar, bars
 from service.store import keys
@@ -256,3 +257,18 @@ def test_the_command_starts_quickly_and_stops_quietly() -> None:
     assert time.perf_counter() - begun < 3
     wanted = "up submit watch jobs candidates best pareto devices profile price datasets cancel agent"
     assert all(command in done.stdout for command in wanted.split())
+
+
+def test_a_job_shows_its_front_and_how_the_search_went() -> None:
+    def one(flops: int, uniform: dict[str, Any] | None) -> dict[str, Any]:
+        return {"flops": flops, "parameters": 10, "channels": [flops], "test_accuracy": 0.5, "uniform": uniform}
+
+    generation = {"generation": 0, "candidates": 8, "best_accuracy": 0.75, "mean_accuracy": 0.25, "diversity": 0.875,
+                  "exhaustive": True, "hypervolume": 0.625}  # fmt: skip
+    front = [one(1000, one(990, None)), one(2000, None)]
+    console = Console(record=True, width=200)
+    tables.show_result(console, {"winner": front[1], "front": front, "generations": [generation]})
+    shown = console.export_text()
+    assert [line.split()[0] for line in shown.splitlines() if " K" in line] == ["winner", "winner"]
+    assert "uniform  channels 990" in shown
+    assert all(text in shown for text in ("87.50 %", "62.50 %", "every structure within the budget was judged"))

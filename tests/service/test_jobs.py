@@ -48,13 +48,36 @@ def test_a_job_is_accepted_even_though_the_broker_is_dead(client: TestClient, be
     assert answer.headers["Location"] == f"/v1/jobs/{job['id']}"
     assert job["state"] == "queued"
     assert job["spec"]["search"] == {
-        "generations": 2, "population": 8, "parents": 4, "mutation_probability": 0.1, "recalibration_images": 128,
-        "rank_by": "loss", "least_budget_share": 0.9,
+        "strategy": "evolution", "seed": 0, "generations": 2, "population": 8, "parents": 4,
+        "mutation_probability": 0.2, "recalibration_images": 128, "rank_by": "loss", "repair": True, "screening": 4,
+        "least_budget_share": 0.9,
     }  # fmt: skip
     assert bells == [True]
     assert client.get("/readyz").json()["broker"] == "silent"
     again = client.get(f"/v1/jobs/{job['id']}").json()
     assert again | {"seconds": {}} == job
+
+
+def test_the_papers_effort_searches_as_published(client: TestClient) -> None:
+    search = submit(client, effort="paper").json()["spec"]["search"]
+    published = {"repair": False, "screening": 1, "mutation_probability": 0.1, "rank_by": "accuracy", "population": 50,
+                 "generations": 20, "parents": 10, "least_budget_share": 0.0, "strategy": "evolution"}  # fmt: skip
+    assert search | published == search
+
+
+def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -> None:
+    spec = submit(client, objective="front").json()["spec"]
+    assert (spec["search"]["least_budget_share"], spec["retraining"]["top"]) == (0.0, 3)
+    assert submit(client, objective="front", retraining={"top": 5}).json()["spec"]["retraining"]["top"] == 5
+    two = [*REQUEST["constraints"], {"metric": "parameters", "max": 100_000}]
+    for changes, reason in (
+        ({"constraints": two}, "one constraint"),
+        ({"search": {"least_budget_share": 0.9}}, "least_budget_share"),
+    ):
+        refused = submit(client, objective="front", **changes)
+        assert refused.status_code == 422
+        assert reason in refused.text
+    assert submit(client, search={"strategy": "luck"}).status_code == 422
 
 
 @pytest.mark.parametrize("metric", ["flops", "parameters"])

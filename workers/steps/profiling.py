@@ -56,6 +56,9 @@ def step(context: Context, job: Job) -> Outcome:
     memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
     budget, warnings = _budget(context, job, memory)
     memory["flops"] = flops(context.space.layers(budget.uniform()))
+    if context.spec.objective == "front":
+        [bound] = budget.constraints
+        memory["least_flops"] = flops(context.space.layers(budget.uniform(bound.minimum / bound.maximum)))
     with transaction() as session:
         for sha256 in pinned.values():
             blobs.register(session, sha256)

@@ -15,6 +15,7 @@ from service.store.session import transaction
 from workers import evolution
 from workers.budget import Budget
 from workers.evolution import Evolution, Proposal, Score
+from workers.front import Front
 from workers.steps import fidelity, measuring, scoring
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
@@ -46,12 +47,12 @@ def _budget(context: Context, job: Job) -> Budget:
 
 
 def _search(context: Context, job: Job, budget: Budget) -> Evolution:
-    state = job.memory.get("evolution")
+    state, kind = job.memory.get("evolution"), Front if context.spec.objective == "front" else Evolution
     if state is not None:
-        return Evolution.from_json(state, budget)
+        return kind.from_json(state, budget)
     spec = context.spec.search
     given = {name: value for name, value in spec.model_dump().items() if name in evolution.Settings.__slots__}
-    return Evolution(evolution.Settings(**given), context.spec.seed, budget)
+    return kind(evolution.Settings(**given), context.spec.seed if spec.seed is None else spec.seed, budget)
 
 
 def _judge(context: Context, job: Job, budget: Budget, search: Evolution, proposals: list[Proposal]) -> Outcome:
@@ -73,7 +74,10 @@ def _judge(context: Context, job: Job, budget: Budget, search: Evolution, propos
         "generation": generation, "generations": search.generations, "candidates": len(search.judged),
         "best_accuracy": best.score.accuracy if best else None, "best_loss": best.score.loss if best else None,
         "mean_accuracy": float(np.mean([score.accuracy for score in scores])), "diversity": search.diversity(),
+        "exhaustive": bool(search.exhaustive),
     }  # fmt: skip
+    if isinstance(search, Front):
+        summary |= {"hypervolume": search.hypervolume(), "front": len(search.front())}
     with transaction() as session:
         ids = {name: devices.get(session, name) for name in job.memory["tables"]}
         predicted = {name: (device.id, device.table_id or "") for name, device in ids.items()}
@@ -125,6 +129,8 @@ def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
     best, budget = search.winner(), context.budget(job)
     assert best is not None
     counts = [bound for bound in context.constraints if bound.metric is not Metric.LATENCY]
+    if isinstance(search, Front):
+        return False
     if not context.constrained_devices or not counts:
         return bool(context.constrained_devices)
     return bool(budget.tightness(np.array([best.proposal.encoding]), counts)[0] < LEAST_USED)
@@ -142,7 +148,7 @@ def search_on(
 
 
 def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]]:
-    """What to retrain: the best distinct structures, the uniform network at the same budget, and random ones."""
+    """What to retrain: the best distinct structures, uniform networks at the same cost, and random ones."""
     space = context.space
     best = search.top(context.spec.retraining.top or 1, lambda encoding: space.digest(space.channels(encoding)))
     queue = [
@@ -152,12 +158,20 @@ def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]
         for rank, one in enumerate(best)
     ]
     if context.spec.baselines:
-        uniform = context.budget(job).uniform()  # under the corrections of now
-        queue.append(_trial(space, Role.UNIFORM, 0, uniform, None, None))
+        for rank, uniform in enumerate(_uniforms(context.budget(job), search, best)):
+            queue.append(_trial(space, Role.UNIFORM, rank, uniform, None, None))
     return queue + [
         _trial(space, Role.FIDELITY, rank, space.channels(encoding), encoding, None)
         for rank, encoding in enumerate(fidelity.draw(context, job))
     ]
+
+
+def _uniforms(budget: Budget, search: Evolution, best: Sequence[evolution.Judged]) -> list[tuple[int, ...]]:
+    """The uniform network at the budget, or one at the cost of each member of a front; under the corrections of now."""
+    if not isinstance(search, Front):
+        return [budget.uniform()]
+    costs = budget.tightness(np.array([one.proposal.encoding for one in best]))
+    return [budget.uniform(cost) for cost in costs.tolist()]
 
 
 def _trial(

@@ -28,11 +28,12 @@ def step(context: Context, job: Job) -> Outcome:
     if _must_wait(context, away, clock - memory["since"]):
         context.console.say({"phase": "verifying", "waits_for": away})
         return FOR_DEVICE
-    winner = memory["queue"][0]
-    allowed = measuring.off(context, found.get(winner["structure_id"], {}))
     _store(context, job, found)
-    if allowed:
-        return search_on(context, job, tuple(winner["channels"]), found[winner["structure_id"]], allowed)
+    winners = [trial for trial in memory["queue"] if trial["role"] == Role.WINNER]
+    for winner in winners if context.spec.objective == "front" else winners[:1]:
+        measured = found.get(winner["structure_id"], {})
+        if allowed := measuring.off(context, measured):
+            return search_on(context, job, tuple(winner["channels"]), measured, allowed)
     constrained = [name for name in away if name in context.constrained_devices]
     return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, away)
 
@@ -67,12 +68,16 @@ def _result(context: Context, job: Job, session: Any) -> dict[str, Any]:
         row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]))
         assert row is not None
         shown[trial["role"]].append(results.summary(session, row, trial["encoding"]))
+    uniform: list[dict[str, Any] | None] = [*shown[Role.UNIFORM]] or [None] * len(shown[Role.WINNER])
+    front = [one | {"uniform": other} for one, other in zip(shown[Role.WINNER], uniform, strict=False)]
     return {
         "winner": shown[Role.WINNER][0],
         "runners_up": shown[Role.WINNER][1:],
-        "uniform": next(iter(shown[Role.UNIFORM]), None),
+        "uniform": uniform[0],
+        "front": front[::-1] if context.spec.objective == "front" else None,
         "fidelity": job.memory.get("fidelity"),
         "candidates": results.candidate_count(session, job.id),
+        "generations": jobs.generations(session, job.id),
         "pruning_net_reused": job.memory["reused"],
         "pruning_net": job.memory["net"],
         "rounds": job.memory["round"] + 1,
