@@ -1,5 +1,6 @@
 """A generation's scores do not depend on who gives them, in how many chunks, or who is killed meanwhile."""
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -284,6 +285,23 @@ def test_an_evaluator_in_another_environment_refuses_and_is_not_asked_again(shar
     assert chunk_count(Chunk.fence > 0) == 0
 
 
+def test_a_supervisor_rings_for_chunks_that_wait_but_not_at_every_beat(
+    share: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching(context := take(submit()))
+    rang: list[str] = []
+    monkeypatch.setattr(supervisor.broker, "ring", rang.append)
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as runner:
+        watch = supervisor.Watch(runner, get_settings(), lambda session, progress: False)
+        assert not watch.beat()
+        assert rang == []
+        with transaction() as session:
+            chunks.publish(session, context.claim.job_id, "b", scoring.environment(context), [[(0,) * 14]])
+        watch.beat()
+        watch.beat()
+    assert rang == [supervisor.broker.EVALUATE]
+
+
 def test_a_worker_that_takes_jobs_takes_them_first(share: Callable[[str], None]) -> None:
     searching(context := take(submit()))
     with transaction() as session:
@@ -296,9 +314,9 @@ def test_a_worker_that_takes_jobs_takes_them_first(share: Callable[[str], None])
 def test_kill_9_of_an_evaluator_and_of_the_runner_within_a_generation_changes_nothing(
     share: Callable[[str], None],
 ) -> None:
-    calm = search(take(submit(100)))
+    calm = search(take(submit(60)))
     share(SHARED)
-    job_id, stop, taken = submit(100), threading.Event(), threading.Event()
+    job_id, stop, taken = submit(60), threading.Event(), threading.Event()
 
     def loop(look: Callable[[], bool]) -> threading.Thread:
         def work() -> None:
