@@ -1,6 +1,8 @@
 """What a job leaves that asks for the fidelity of its PruningNet, and which trainings jobs take over."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,7 +134,12 @@ def test_the_fidelity_is_measured_stored_and_its_trainings_are_shared_with_the_a
 
 @SQLITE
 def test_killed_anywhere_the_fidelity_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.steps.retraining.SLICE", 0.05)
+    def pause(context: Context, seconds: float, progress: Callable[[], dict[str, Any]]) -> Callable[[], bool]:
+        """A checkpoint after every fourth iteration."""
+        done = count()
+        return lambda: bool(context.console.say(progress())) or next(done) == 3
+
+    monkeypatch.setattr(Context, "pause", pause)
     calm = run(submit(baselines=False))
     with transaction() as session:
         session.execute(update(PruningNet).values(family="forgotten", key=new_id()))
