@@ -12,10 +12,10 @@ from service.store.models import TERMINAL, Dataset, Job, PruningNet
 NAMED = select(PruningNet, Dataset.name).join(Dataset, Dataset.id == PruningNet.dataset_id)
 
 
-def find(session: Session, family: str, flops: float, job_id: str) -> PruningNet | None:
-    """A net of a family whose band holds a budget's FLOPs: trained, or being trained by another live job."""
+def find(session: Session, family: str, least: float, most: float, job_id: str) -> PruningNet | None:
+    """A net of a family whose band holds these FLOPs of uniform networks: trained, or being trained by a live job."""
     query = select(PruningNet).where(
-        PruningNet.family == family, PruningNet.band_low <= flops, PruningNet.band_high >= flops
+        PruningNet.family == family, PruningNet.band_low <= least, PruningNet.band_high >= most
     )
     nets = session.scalars(query.order_by(PruningNet.ready.desc(), PruningNet.created_at, PruningNet.key))
     return next((net for net in nets if net.ready or _trained_elsewhere(session, net, job_id)), None)

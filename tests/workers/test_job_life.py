@@ -9,7 +9,7 @@ import pytest
 import torch
 from sqlalchemy import select, update
 
-from latency_profiler.cost import flops, layer_flops
+from latency_profiler.cost import Constraint, Metric, flops, layer_flops
 from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
 from latency_profiler.layers import Layer
 from latency_profiler.spaces.registry import get_space
@@ -33,6 +33,7 @@ from service.store.models import (
     now,
 )  # fmt: skip
 from service.store.session import transaction
+from workers.budget import Budget
 from workers.steps.advance import advance
 from workers.steps.context import Context
 from workers.steps.measuring import BudgetBroken
@@ -321,6 +322,60 @@ def test_a_device_that_stays_away_leaves_the_job_unverified(world: None, monkeyp
     assert job.result is not None
     assert job.result["winner"]["measured_ms"] == {}
     assert "bench" in job.warnings[0]
+
+
+def test_a_front_is_searched_trained_and_measured_as_a_family(world: None) -> None:
+    bench = Bench()
+    bench.measure()
+    bound = {**latency_bound(0.6), "min_ms": latency_bound(0.3)["max_ms"]}
+    job = run(submit(bound, objective="front", retraining={"top": 2}), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    front = job.result["front"]
+    assert [one["structure_id"] for one in front[::-1]] == [
+        one["structure_id"] for one in (job.result["winner"], *job.result["runners_up"])
+    ]
+    for one in front:
+        assert bound["min_ms"] <= one["measured_ms"]["bench"] <= bound["max_ms"]
+        assert one["uniform"]["measured_ms"]["bench"] <= 1.05 * one["measured_ms"]["bench"]
+        assert 0 < one["test_accuracy"] <= 1
+    if len(front) > 1:
+        assert front[0]["measured_ms"]["bench"] < front[1]["measured_ms"]["bench"]
+        assert front[0]["uniform"]["flops"] < front[1]["uniform"]["flops"]
+    told = job.result["generations"]
+    assert [one["generation"] for one in told] == [0, 1, 2]
+    assert told[0]["hypervolume"] <= told[1]["hypervolume"] <= told[2]["hypervolume"]
+    assert all(0 < one["diversity"] < 1 and one["front"] >= 1 for one in told)
+    with transaction() as session:
+        net = session.get_one(PruningNet, job.result["pruning_net"])
+        low, high = job.spec["training"]["band"]
+        assert net.band_low <= low * job.memory["least_flops"] < job.memory["flops"] * high <= net.band_high
+
+
+def test_random_search_shares_the_pruning_net_of_an_evolution(world: None) -> None:
+    first = run(submit(flops_bound(0.4)))
+    random = run(submit(flops_bound(0.4), search={"generations": 3, "population": 6, "strategy": "random"}))
+    assert random.result is not None
+    assert random.result["pruning_net_reused"]
+    assert {row[6] for row in candidates(random.id)} == {"random"}
+    assert len(candidates(random.id)) == len(candidates(first.id)) == 18
+    assert {row[2] for row in candidates(random.id) if row[0] == 0} == {
+        row[2] for row in candidates(first.id) if row[0] == 0
+    }
+
+
+def test_a_budget_that_leaves_few_structures_is_searched_completely(world: None) -> None:
+    smallest = flops(SPACE.layers(SPACE.channels(SPACE.smallest)))
+    job = run(submit({"metric": "flops", "max": int(1.01 * smallest)}))
+    assert job.result is not None
+    assert job.result["generations"][0]["exhaustive"]
+    judged = candidates(job.id)
+    assert {row[6] for row in judged} == {"enumeration"}
+    budget = Budget(SPACE, [Constraint(Metric.FLOPS, int(1.01 * smallest))], {}, {}, 0.9)
+    everything = budget.everything(18)
+    assert everything is not None
+    assert {row[2] for row in judged} == {",".join(map(str, genes)) for genes in everything.tolist()}
+    assert job.result["winner"]["encoding"] is not None
 
 
 def fate(job: Job) -> str:

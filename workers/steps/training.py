@@ -19,7 +19,7 @@ def step(context: Context, job: Job) -> Outcome:
     """Reuse a trained net if there is one; else train for a slice, unless another job does."""
     family, band = _family(context), _band(context, job)
     with transaction() as session:
-        found = None if "net" in job.memory else pruning_nets.find(session, family, job.memory["flops"], job.id)
+        found = None if "net" in job.memory else pruning_nets.find(session, family, *_range(job), job.id)
         if found is not None and not found.ready:
             return FOR_JOB
         if found is not None:
@@ -107,11 +107,17 @@ def _family(context: Context) -> str:
 
 
 def _band(context: Context, job: Job) -> tuple[float, float]:
-    """FLOPs between which structures are sampled: around the uniform network at the budget, or everything."""
+    """FLOPs between which structures are sampled: around the uniform networks at the budget, or everything."""
     if context.spec.training.band is None:
         return 0.0, float(2**53)
     low, high = context.spec.training.band
-    return low * job.memory["flops"], high * job.memory["flops"]
+    least, most = _range(job)
+    return low * least, high * most
+
+
+def _range(job: Job) -> tuple[float, float]:
+    """FLOPs of the uniform networks at the cheap and the dear end of what is searched."""
+    return job.memory.get("least_flops", job.memory["flops"]), job.memory["flops"]
 
 
 def _digest(value: Any) -> str:
