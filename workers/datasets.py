@@ -67,13 +67,19 @@ class Normalisation:
 
 
 class Batches:
-    """A part of a dataset, read in batches. `flip` says whether a mirrored image means the same."""
+    """A part of a dataset, read in batches.
+
+    Args:
+        flip: whether a mirrored image means the same.
+        augment: whether training sees the images shifted and, where that is allowed, mirrored.
+    """
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, indices: Tensor, normalise: Normalisation, flip: bool
+        self, pixels: Tensor, labels: Tensor, indices: Tensor, normalise: Normalisation, flip: bool,
+        augment: bool = True,
     ) -> None:  # fmt: skip
         self._pixels, self._labels, self._indices = pixels, labels, indices
-        self._normalise, self._flip = normalise, flip
+        self._normalise, self._flip, self._augment = normalise, flip, augment
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
     def __len__(self) -> int:
@@ -86,17 +92,22 @@ class Batches:
     def training(
         self, batch_size: int, seed: int, iteration: int, device: torch.device, part: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """The augmented batch of an iteration, or a part of it: images (b, 3, s, s), labels (b,)."""
+        """The batch of an iteration, or a part of it: images (b, 3, s, s), labels (b,)."""
         epoch, step = divmod(iteration, self.steps(batch_size))
         chosen = self._order(seed, epoch)[step * batch_size : (step + 1) * batch_size]
         pixels, labels = self._taken(chosen)
-        pixels = _augmented(pixels, self._flip, generator(seed, "augment", iteration))
+        if self._augment:
+            pixels = _augmented(pixels, self._flip, generator(seed, "augment", iteration))
         return self._on(pixels[part], labels[part], device)
 
     def plain(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All images as they are, in their order, in batches of nearly equal size."""
         for chosen in self._indices.tensor_split(-(-len(self) // batch_size)):
             yield self._on(*self._taken(chosen), device)
+
+    def unaugmented(self) -> "Batches":
+        """The same images, as they are in training too."""
+        return Batches(self._pixels, self._labels, self._indices, self._normalise, self._flip, augment=False)
 
     def sample(self, count: int, seed: int) -> "Batches":
         """A fixed random part of at most `count` images."""

@@ -26,6 +26,7 @@ from torch.nn import functional
 from latency_profiler.layers import Op
 from latency_profiler.spaces.space import CHOICES, IMAGE, Slot, Space, Unit, scale
 from workers.networks import NORM_EPSILON, PlainNetwork, convolve, pool, run
+from workers.norms import batch_norm
 
 NORM_MOMENTUM = 0.1
 TINY = 1e-12
@@ -59,9 +60,12 @@ class Generator(nn.Module):
         """The part that a weight of these widths is computed from."""
         return Crop(self.weight[:c_out, :c_in], self.bias[:c_out, :c_in])
 
-    def forward(self, scales: Tensor, crop: Crop) -> Tensor:
-        """Weight (c_out, c_in, k, k) for the scales (d,) of a unit's encoding."""
-        hidden = functional.relu(functional.linear(scales, self.first_weight, self.first_bias))
+    def hidden(self, scales: Tensor) -> Tensor:
+        """Hidden units (H,) for the scales (d,) of a unit's encoding."""
+        return functional.relu(functional.linear(scales, self.first_weight, self.first_bias))
+
+    def forward(self, hidden: Tensor, crop: Crop) -> Tensor:
+        """Weight (c_out, c_in, k, k) for hidden units (H,)."""
         weight = crop.weight @ hidden + crop.bias  # (c_out, c_in, k*k)
         if self.normalised:
             he = math.sqrt(2 / (weight.shape[1] * weight.shape[2]))
@@ -86,11 +90,11 @@ class ChoiceNorm(nn.Module):
     def forward(self, x: Tensor, option: int) -> Tensor:
         """Normalised maps (b, c, s, s); in training mode only row `option` of the statistics moves."""
         c = x.shape[1]
-        return functional.batch_norm(
+        return batch_norm(
             x, self.mean[option, :c], self.variance[option, :c],
             None if self.weight is None else self.weight[option, :c],
             None if self.bias is None else self.bias[option, :c],
-            training=self.training, momentum=NORM_MOMENTUM, eps=NORM_EPSILON,
+            self.training, NORM_MOMENTUM, NORM_EPSILON,
         )  # fmt: skip
 
 
@@ -118,6 +122,8 @@ class PruningNet(nn.Module):
             the network's outputs stay the same; the gradients become alike for all widths.
     """
 
+    scales: Tensor
+
     def __init__(
         self, space: Space, hidden: int | None = None, seed: int = 0, *, normalised: bool = False
     ) -> None:  # fmt: skip
@@ -134,6 +140,8 @@ class PruningNet(nn.Module):
                 self.norms[str(i)] = ChoiceNorm(unit, options, affine and plain)
             elif unit.op is Op.LINEAR:
                 self.classifiers[str(i)] = Classifier(unit)
+        # On the device, so that no step makes the host wait until numbers are copied there.
+        self.register_buffer("scales", torch.tensor([scale(i) for i in range(CHOICES)]), persistent=False)
         self.initialise(seed)
 
     @torch.no_grad()
@@ -162,9 +170,9 @@ class PruningNet(nn.Module):
             for layer in (nodes[int(name)].layer,)
         }
 
-    def forward(self, images: Tensor, encoding: Sequence[int], crops: Mapping[str, Crop] | None = None) -> Tensor:
-        """Logits (b, classes) of images (b, 3, s, s); `crops` stands in for the network's own `crops(encoding)`."""
-        weights = self.generate(encoding, crops)
+    def forward(self, images: Tensor, encoding: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (b, classes) of images (b, 3, s, s), with weights that `generate` has given."""
+        weights = self.generate(encoding) if weights is None else weights
         nodes = self.space.nodes(self.space.channels(encoding))
 
         def compute(i: int, x: Tensor) -> Tensor:
@@ -180,14 +188,26 @@ class PruningNet(nn.Module):
 
         return run(nodes, images, compute)
 
-    def generate(self, encoding: Sequence[int], crops: Mapping[str, Crop] | None = None) -> dict[str, Tensor]:
-        """The weight of every convolution of a structure, by the index of its unit."""
+    def hidden(self, encoding: Sequence[int]) -> dict[str, Tensor]:
+        """The hidden units (H,) of every block for a structure."""
+        found = {}
+        for name in self.generators:
+            fed = [_gene(self.space, slot) for slot in self.space.units[int(name)].encoding]
+            scales = torch.stack([self.scales[-1 if gene is None else encoding[gene]] for gene in fed])
+            found[name] = self._block(name).hidden(scales)
+        return found
+
+    def generate(
+        self, encoding: Sequence[int], crops: Mapping[str, Crop] | None = None,
+        hidden: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The weight of every convolution of a structure, by its unit's index.
+
+        Of the network's own `crops` and `hidden` units, or of others.
+        """
         crops = self.crops(encoding) if crops is None else crops
-        weights = {}
-        for name, crop in crops.items():
-            scales = [_scale(self.space, slot, encoding) for slot in self.space.units[int(name)].encoding]
-            weights[name] = self._block(name)(torch.tensor(scales, device=crop.bias.device), crop)
-        return weights
+        hidden = self.hidden(encoding) if hidden is None else hidden
+        return {name: self._block(name)(hidden[name], crop) for name, crop in crops.items()}
 
     @torch.no_grad()
     def crop(self, encoding: Sequence[int]) -> PlainNetwork:
@@ -236,11 +256,6 @@ def option(space: Space, unit: Unit, encoding: Sequence[int]) -> int:
 def _gene(space: Space, slot: Slot | None) -> int | None:
     """The gene that chooses a slot, if one does."""
     return slot.index if slot is not None and slot in space.genes else None
-
-
-def _scale(space: Space, slot: Slot, encoding: Sequence[int]) -> float:
-    gene = _gene(space, slot)
-    return 1.0 if gene is None else scale(encoding[gene])
 
 
 def _hidden(space: Space, unit: Unit) -> int:

@@ -9,6 +9,9 @@ but momentum and weight decay still move it. For an entry without gradient one s
 so `skipped` steps are one 2 x 2 matrix power, applied when the entry is next used. With the gradient g of the step
 itself added (m' += g, w' -= rate * g) this is plain SGD up to rounding, at the cost of the block instead of the whole.
 The matrix belongs to one learning rate: `catch_up` brings every entry up to date before the rate changes.
+
+What a block writes is weight @ hidden + bias, so the gradient of its weight is the bias's times the hidden units, and
+is never stored.
 """
 
 from dataclasses import dataclass
@@ -70,26 +73,31 @@ class CroppedSGD:
         self.momentum = Crop(torch.zeros_like(whole.weight), torch.zeros_like(whole.bias))
         self.done = torch.zeros(whole.bias.shape[:2], dtype=torch.int64, device=whole.bias.device)
 
-    def current(self, crop: Crop, step: int, powers: Tensor) -> Crop:
-        """A leading block as it is after `step` steps, as new leaves that gather gradients."""
-        c_out, c_in = crop.bias.shape[:2]
-        factors = powers[step - self.done[:c_out, :c_in]]  # (c_out, c_in, 4)
-        weight, bias = (
-            _combined(value, moment, factors, 0).requires_grad_()
-            for value, moment in self._pairs(c_out, c_in)
-        )  # fmt: skip
-        return Crop(weight, bias)
+    def begin(self, crop: Crop, step: int, powers: Tensor, rate: float) -> Crop:
+        """A leading block as it is after `step` steps: copies, of which the bias gathers gradients.
 
-    def step(self, crop: Crop, step: int, powers: Tensor, rate: float) -> None:
-        """One more step: the block that `current` gave moves by the gradients that its leaves gathered."""
+        The block itself takes its next step, but for the gradient, which `end` adds.
+        """
         c_out, c_in = crop.bias.shape[:2]
-        factors = powers[step + 1 - self.done[:c_out, :c_in]]
-        for (value, moment), leaf in zip(self._pairs(c_out, c_in), (crop.weight, crop.bias), strict=True):
-            assert leaf.grad is not None
-            moved = _combined(value, moment, factors, 2).add_(leaf.grad)
-            value.copy_(_combined(value, moment, factors, 0).add_(leaf.grad, alpha=-rate))
-            moment.copy_(moved)
-        self.done[:c_out, :c_in] = step + 1
+        done = self.done[:c_out, :c_in]
+        before, after = powers[step - done], powers[step + 1 - done]  # (c_out, c_in, 4)
+        weight, bias = (_moved(value, moment, before, after, rate) for value, moment in self._pairs(c_out, c_in))
+        done.fill_(step + 1)
+        return Crop(weight, bias.requires_grad_())
+
+    def end(self, crop: Crop, hidden: Tensor, rate: float) -> None:
+        """The rest of the step: the block that `begin` gave moves by the gradient that its bias gathered.
+
+        Args:
+            hidden: the hidden units (H,) that the block was multiplied with.
+        """
+        gradient = crop.bias.grad
+        assert gradient is not None
+        (weight, of_weight), (bias, of_bias) = self._pairs(*gradient.shape[:2])
+        of_weight.addcmul_(gradient[..., None], hidden)
+        weight.addcmul_(gradient[..., None], hidden, value=-rate)
+        of_bias.add_(gradient)
+        bias.add_(gradient, alpha=-rate)
 
     def catch_up(self, step: int, powers: Tensor) -> None:
         """Bring every entry to `step` steps, and count from zero again."""
@@ -109,9 +117,19 @@ class CroppedSGD:
         ]
 
 
+def _moved(value: Tensor, moment: Tensor, before: Tensor, after: Tensor, rate: float) -> Tensor:
+    """The value under the powers `before`; in place, value and moment go on to where the powers `after` lead."""
+    current = _combined(value, moment, before, 0)
+    moment.mul_(_column(after, 3, value)).addcmul_(value, _column(after, 2, value))
+    torch.add(current, moment, alpha=-rate, out=value)
+    return current
+
+
 def _combined(value: Tensor, moment: Tensor, factors: Tensor, column: int) -> Tensor:
     """Value * factors[column] + moment * factors[column + 1], entry by entry of (c_out, c_in)."""
-    trailing = (1,) * (value.dim() - 2)
-    of_value = factors[..., column].reshape(*factors.shape[:2], *trailing)
-    of_moment = factors[..., column + 1].reshape(*factors.shape[:2], *trailing)
-    return (value * of_value).addcmul_(moment, of_moment)
+    return (value * _column(factors, column, value)).addcmul_(moment, _column(factors, column + 1, value))
+
+
+def _column(factors: Tensor, column: int, value: Tensor) -> Tensor:
+    """One factor for each entry of (c_out, c_in), shaped to multiply `value`."""
+    return factors[..., column].reshape(*factors.shape[:2], *(1,) * (value.dim() - 2))

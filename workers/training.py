@@ -7,7 +7,9 @@ that a fresh process needs to go on, bit for bit (on the same machine and number
 import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latency_profiler.cost import CostModel
-from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.errors import InfeasibleConstraint, InvalidInput
 from latency_profiler.spaces.space import CHOICES, Space
 from workers.datasets import Batches, Data
 from workers.evolution import DIVERGED
 from workers.networks import PlainNetwork
+from workers.parallel import ALONE, Team
+from workers.placement import precision
 from workers.pruning_net import SHARED, PruningNet
 from workers.sampling import Genes, numpy_generator, sample
 from workers.sgd import CroppedSGD, Momentum, Rule
@@ -50,6 +54,9 @@ class TrainingSettings:
     """Whether generated weights are scaled to one deviation (`PruningNet`)."""
     weights: Literal["generated", "shared"] = "generated"
     """Whether a PruningNet generates weights, or structures share plain ones."""
+    augment: bool = True
+    """Whether images are shifted and mirrored at random; a network too small to fit them as they are learns more
+    without."""
     curriculum: float = 0.0
     """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
 
@@ -69,36 +76,48 @@ class TrainingSettings:
 
 
 class Trainer(abc.ABC):
-    """What both trainers share: the loop, the history, the state."""
+    """What both trainers share: the loop, the history, the state.
+
+    Args:
+        team: the processes that train together; their trainers do the same steps, each with its part of a batch.
+    """
 
     network: nn.Module
 
-    def __init__(self, batches: Batches, settings: TrainingSettings, seed: int, device: torch.device) -> None:
-        self.batches, self.settings, self.seed, self.device = batches, settings, seed, device
+    def __init__(
+        self, batches: Batches, settings: TrainingSettings, seed: int, device: torch.device, team: Team
+    ) -> None:  # fmt: skip
+        self.batches = batches if settings.augment else batches.unaugmented()
+        self.settings, self.seed, self.device, self._team = settings, seed, device, team
+        self._batch = min(settings.batch_size, len(batches))
+        if self._batch < team.size:
+            raise InvalidInput(f"batches of {self._batch} images cannot be shared by {team.size} training processes")
         self.steps = batches.steps(settings.batch_size)
         self.total = settings.epochs * self.steps
         self.done = 0
         """Iterations behind."""
         self.history: list[dict[str, float]] = []
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        """Of the epoch so far: loss, right answers, images."""
+        """Of the epoch so far: loss, right answers, images; while `advance` runs, of this process's parts."""
 
     def latest(self) -> dict[str, float]:
         """Loss, accuracy and learning rate of the last finished epoch; empty in the first."""
         return dict(self.history[-1]) if self.history else {}
 
     def advance(self, pause: Callable[[], bool]) -> None:
-        """Train until the end, or until `pause`, asked after every iteration, says so."""
+        """Train until the end, or until `pause` of process 0, asked after every iteration, says so."""
         self.network.train()
+        part = self._team.part(self._batch)
         while self.done < self.total:
             epoch, step = divmod(self.done, self.steps)
-            images, labels = self.batches.training(self.settings.batch_size, self.seed, self.done, self.device)
+            images, labels = self.batches.training(self.settings.batch_size, self.seed, self.done, self.device, part)
             self._update(images, labels, self.settings.rate(epoch), step)
             self.done += 1
             if self.done % self.steps == 0:
                 self._end_epoch(self.settings.rate(epoch))
-            if pause():
-                return
+            if self._team.agree(pause()):
+                break
+        self._gather()
 
     def counters(self) -> dict[str, Any]:
         """What is not a tensor of the state, as JSON."""
@@ -118,6 +137,13 @@ class Trainer(abc.ABC):
             tensor.copy_(tensors[name])
         self.done, self.history = counters["done"], list(counters["history"])
 
+    def align(self, counters: Mapping[str, Any]) -> None:
+        """Go on where process 0 is, whose counters these are."""
+        self._team.align(self.state().values())
+        self.done, self.history = counters["done"], list(counters["history"])
+        if self._team.rank:
+            self._sums.zero_()
+
     @abc.abstractmethod
     def _update(self, images: Tensor, labels: Tensor, rate: float, step: int) -> None:
         """One iteration, the `step`-th of its epoch."""
@@ -127,23 +153,41 @@ class Trainer(abc.ABC):
         right = (logits.detach().argmax(1) == labels).sum()
         count = torch.full_like(right, len(labels))
         self._sums += torch.stack([loss.detach().double() * len(labels), right.double(), count.double()])
-        return loss
+        return loss if self._team.size == 1 else loss * (len(labels) / self._batch)
+
+    def _gather(self) -> None:
+        """Sums of all processes go to process 0, which stores them."""
+        self._team.sum(self._sums)
+        if self._team.rank:
+            self._sums.zero_()
 
     def _end_epoch(self, rate: float) -> None:
+        self._team.sum(self._sums)
         loss, right, count = self._sums.tolist()
         loss = loss / count if math.isfinite(loss) else DIVERGED
         self.history.append({"epoch": len(self.history), "loss": loss, "accuracy": right / count, "rate": rate})
         self._sums.zero_()
 
-    def _clip(self, leaves: Sequence[Tensor]) -> None:
+    def _clip(self, leaves: Sequence[Tensor], shares: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
+        """Scale gradients down to the settings' norm; `shares` says how often a leaf's norm counts, if not once."""
         if self.settings.clip_norm is None:
             return
-        if not torch.isfinite(nn.utils.clip_grad_norm_(leaves, self.settings.clip_norm)):
+        leaves = [leaf for leaf in leaves if leaf.grad is not None]
+        one = torch.ones((), device=self.device)
+        norms = torch.stack(torch._foreach_norm([leaf.grad for leaf in leaves if leaf.grad is not None]))
+        norm = torch.linalg.vector_norm(norms * torch.stack([shares.get(leaf, one) for leaf in leaves]))
+        nn.utils.clip_grads_with_norm_(leaves, self.settings.clip_norm, norm)
+        if self.device.type != "cpu":  # the host must not wait for the norm; one not finite has left only 0 and NaN
+            for leaf in leaves:
+                if leaf.grad is not None:
+                    leaf.grad.nan_to_num_(0.0, 0.0, 0.0)
+        elif not torch.isfinite(norm):
             for leaf in leaves:
                 leaf.grad = torch.zeros_like(leaf)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = precision(self.device)
+        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype=dtype)
 
 
 class ScratchTrainer(Trainer):
@@ -153,10 +197,11 @@ class ScratchTrainer(Trainer):
 
     def __init__(
         self, space: Space, channels: Sequence[int], data: Data, settings: TrainingSettings, seed: int,
-        device: torch.device,
+        device: torch.device, team: Team = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(data.training, settings, seed, device)
+        super().__init__(data.training, settings, seed, device, team)
         self.network = PlainNetwork(space, channels, seed).to(device)
+        team.share([*self.network.convs.parameters(), *self.network.linears.parameters()])
         self._sgd = Momentum(*self.network.decayed())
 
     def state(self) -> dict[str, Tensor]:
@@ -165,7 +210,7 @@ class ScratchTrainer(Trainer):
         return {f"net.{k}": v for k, v in self.network.state_dict().items()} | momentum | {"sums": self._sums}
 
     def _update(self, images: Tensor, labels: Tensor, rate: float, step: int) -> None:
-        with self._autocast():
+        with self._autocast(), self._team.synchronised():
             logits = self.network(images)
         self._loss(logits, labels).backward()  # type: ignore[no-untyped-call]
         self._clip(self._sgd.parameters)
@@ -186,10 +231,11 @@ class PruningNetTrainer(Trainer):
 
     def __init__(
         self, space: Space, data: Data, settings: TrainingSettings, seed: int,
-        band: tuple[float, float] | None, device: torch.device,
+        band: tuple[float, float] | None, device: torch.device, team: Team = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(data.sub_training, settings, seed, device)
+        super().__init__(data.sub_training, settings, seed, device, team)
         self.network = PruningNet(space, settings.hidden, seed, normalised=settings.normalise).to(device)
+        team.share(self.network.classifiers.parameters())
         self._structures = Structures(space, band, seed, int(settings.curriculum * self.total))
         self._blocks = {name: CroppedSGD(crop) for name, crop in self.network.crops(space.largest).items()}
         self._sgd = Momentum(*self.network.ordinary())
@@ -210,14 +256,20 @@ class PruningNetTrainer(Trainer):
         encoding = self._structures.at(self.done)
         rule, powers = self._rule(rate)
         crops = {
-            name: self._blocks[name].current(crop, step, powers) for name, crop in self.network.crops(encoding).items()
+            name: self._blocks[name].begin(crop, step, powers, rate)
+            for name, crop in self.network.crops(encoding).items()
         }
-        with self._autocast():
-            logits = self.network(images, encoding, crops)
+        with self._autocast(), self._team.synchronised():
+            hidden = self.network.hidden(encoding)
+            weights = self.network.generate(encoding, crops, hidden)
+            self._team.share(weights.values())
+            logits = self.network(images, encoding, weights)
         self._loss(logits, labels).backward()  # type: ignore[no-untyped-call]
-        self._clip(self._sgd.parameters + [leaf for crop in crops.values() for leaf in (crop.weight, crop.bias)])
+        # A bias's gradient g stands for the one of its block's weight too, which is g times each hidden unit.
+        shares = {crop.bias: (1 + hidden[name].detach().float().square().sum()).sqrt() for name, crop in crops.items()}
+        self._clip([*self._sgd.parameters, *shares], shares)
         for name, crop in crops.items():
-            self._blocks[name].step(crop, step, powers, rule.rate)
+            self._blocks[name].end(crop, hidden[name].detach(), rate)
         self._sgd.step(rule)
 
     def _end_epoch(self, rate: float) -> None:
@@ -268,7 +320,7 @@ class Structures:
         spread = min(1.0, NARROWEST + chunk * STRUCTURES / self._widening) if self._widening else 1.0
         drawn = np.empty((0, genes), dtype=np.int64)
         if low <= high:
-            drawn = sample(self._flops, low, high, genes, STRUCTURES, random, spread)
+            drawn = sample(self._flops, low, high, self._space.depths, STRUCTURES, random, spread)
         if not len(drawn):
             raise InfeasibleConstraint("flops", asked_high if asked_high < smallest else asked_low, smallest, largest)
         return drawn

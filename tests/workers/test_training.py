@@ -123,14 +123,12 @@ def test_cropped_sgd_equals_plain_sgd(hidden: int | None) -> None:
         reference.param_groups[0]["lr"] = rate
         for step in range(steps):
             c_out, c_in = torch.randint(1, 8, (2,)).tolist()
-            crop = ours.current(whole.crop(c_out, c_in), step, powers)
-            leaf = getattr(crop, moving)
-            assert torch.allclose(leaf, weight[:c_out, :c_in], atol=1e-6)
-            crop.weight.grad, crop.bias.grad = torch.zeros_like(crop.weight), torch.zeros_like(crop.bias)
-            leaf.grad = torch.randn_like(leaf)
-            ours.step(crop, step, powers, rate)
+            crop = ours.begin(whole.crop(c_out, c_in), step, powers, rate)
+            assert torch.allclose(getattr(crop, moving), weight[:c_out, :c_in], atol=1e-6)
+            crop.bias.grad, units = torch.randn_like(crop.bias), torch.randn(crop.weight.shape[-1])
+            ours.end(crop, units, rate)
             weight.grad = torch.zeros_like(weight)
-            weight.grad[:c_out, :c_in] = leaf.grad
+            weight.grad[:c_out, :c_in] = crop.bias.grad if hidden == SHARED else crop.bias.grad[..., None] * units
             reference.step()
         ours.catch_up(steps, powers)
         assert torch.allclose(getattr(whole, moving), weight, atol=1e-5)
