@@ -35,6 +35,13 @@ log = logging.getLogger(__name__)
 MARGIN = 0.8
 """Share of the lease after which a runner whose lease could not be renewed is stopped."""
 DATABASE_AWAY = (OperationalError, PoolTimeout)
+RUNNER_ENVIRONMENT = {
+    # OpenMP's threads spin while they wait for each other; beside other work on the same cores that costs 14 times.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # glibc gives large freed blocks back to the system, so that every map of every step is mapped in and cleared anew.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 RING_SECONDS = 10.0
 """How often at most one supervisor rings for chunks that wait; each worker that hears it passes it on."""
 in_vain: Counter[tuple[str, str]] = Counter()
@@ -98,8 +105,7 @@ def evaluate_next(worker: str, stopping: Callable[[], bool], jobs_first: bool) -
 
 def _started(module: str, *arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", module, *arguments, str(os.getpid())]
-    # OpenMP's threads spin while they wait for each other; beside other work on the same cores that costs 14 times.
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    env = {**RUNNER_ENVIRONMENT, **os.environ}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, env=env
     )  # fmt: skip
