@@ -4,23 +4,15 @@
     python benchmarks/fidelity.py --dataset cifar10 --max-flops 1500000 --structures 24
 
 Two jobs through a running service, alike but for `training.weights`; the second takes over the first one's trainings
-from scratch. Their searches are as short as can be. Run again, the script finds its jobs and goes on waiting. Server
-and key are those of `secateurs up` (SECATEURS_HOME), or SECATEURS_SERVER and SECATEURS_KEY.
+from scratch. Their searches are as short as can be. Run again, the script goes on where it was (see jobs.py).
 """
 
 import argparse
-import hashlib
 import json
-import os
-import platform
-import time
-from pathlib import Path
 from typing import Any
 
-from latency_profiler.client import TERMINAL, Client
-from service.commands.login import connect
+from jobs import kept, run, service, write
 
-RESULTS = Path(__file__).parent / "results"
 SHORTEST = {"generations": 1, "population": 2, "parents": 1}
 
 
@@ -44,33 +36,12 @@ def main() -> None:
         "seed": options.seed,
     }  # fmt: skip
     requests = [request | {"training": {"weights": weights}} for weights in ("generated", "shared")]
-    with connect(os.environ.get("SECATEURS_SERVER"), os.environ.get("SECATEURS_KEY")) as client:
-        submitted = [client.submit(one, idempotency_key=_key(one))["id"] for one in requests]
-        jobs = [_ended(client, job_id) for job_id in submitted]
+    with service() as client:
+        jobs = run(client, requests)
         nets = [client.pruning_net(job["result"]["pruning_net"]) for job in jobs if job["result"]]
-    summary = {
-        "jobs": [_summary(job) for job in jobs], "pruning_nets": nets, "machine": platform.machine(),
-        "python": platform.python_version(),
-    }  # fmt: skip
-    name = f"fidelity_{options.space}_{options.dataset}_{options.max_flops}_seed{options.seed}.json"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(summary, indent=1) + "\n")
+    name = f"fidelity_{options.space}_{options.dataset}_{options.max_flops}_seed{options.seed}"
+    write(name, {"jobs": [kept(job) for job in jobs], "pruning_nets": nets})
     print(json.dumps([variant for net in nets for variant in net["fidelity"]], indent=1))
-
-
-def _key(request: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-
-
-def _ended(client: Client, job_id: str) -> dict[str, Any]:
-    while (job := client.job(job_id))["state"] not in TERMINAL:
-        time.sleep(5)
-    return job
-
-
-def _summary(job: dict[str, Any]) -> dict[str, Any]:
-    kept = ("state", "space_key", "spec", "seconds", "result", "warnings", "error", "reproducible", "created_at")
-    return {name: job[name] for name in kept}
 
 
 if __name__ == "__main__":

