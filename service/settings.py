@@ -41,6 +41,12 @@ class Settings(BaseSettings):
     linger_seconds: float = 15.0
     """How long a process that scores chunks of another worker's job waits for more of them: starting one costs about
     three."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where runners compute: `cpu`; `cuda`, a GPU for each training process; `cuda:1`, that GPU; `auto`, GPUs if there
+    are enough. No GPU has been tried yet."""
+    training_processes: int = Field(1, ge=1, le=64)
+    """Processes of this machine that train a job's networks together, each on its part of every batch. Part of what a
+    result can be reproduced with."""
     threads: int = 0
     """Torch threads of a runner; 0 is one for images of up to 64 pixels (a second one was seen to bring nothing there)
     and all cores for larger ones. Part of what a result can be reproduced with."""

@@ -12,11 +12,16 @@ All processes run on one machine. Process 0 decides: the others do what it tells
 
 import json
 import os
+import signal
+import socket
+import sys
+import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
@@ -70,6 +75,45 @@ def launched() -> bool:
 def local_rank() -> int:
     """The number of this process among those of this machine; 0 if it is the only one."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def launch(processes: int, module: str, arguments: list[str]) -> int:
+    """Run a module as so many processes under torchrun; returns 0 if all of them ended so.
+
+    SIGTERM goes to process 0 alone, which ends the others when it is ready. The processes are to die with this one.
+    Addresses are exchanged through a store that anybody who reaches its port can read; it is never unpickled.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    signal.signal(signal.SIGTERM, _to_process_0)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory(prefix="secateurs-torchrun-") as logs:
+        options = [
+            f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={_free_port()}",
+            "--max-restarts=0", "--signals-to-handle=SIGINT", "--shutdown-timeout=5", f"--log-dir={logs}",
+        ]  # fmt: skip
+        try:
+            torchrun.main([*options, "-m", module, *arguments])
+        except ChildFailedError:  # torchrun has logged which
+            return 1
+    return 0
+
+
+def _to_process_0(*_: object) -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.environ().get("RANK") == "0":
+                child.terminate()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class Ranks(Team):

@@ -2,6 +2,9 @@
 
 It dies with its supervisor. Progress goes to standard output, one JSON object a line; an empty object says only that
 it is alive.
+
+With several training processes it becomes torchrun's launcher, whose children run this module again: process 0 does
+the job, the others train with it. The death of one ends all, and they die with the launcher.
 """
 
 import ctypes
@@ -11,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from latency_profiler.errors import InfeasibleConstraint, SecateursError
@@ -19,8 +23,11 @@ from service.store import jobs
 from service.store.jobs import Claim, LeaseLost
 from service.store.models import JobState
 from service.store.session import transaction
+from workers.parallel import ALONE, Ranks, launch, launched, local_rank
+from workers.placement import choose
 from workers.steps.advance import advance
 from workers.steps.context import Context
+from workers.steps.trainers import follow
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
@@ -48,25 +55,41 @@ class Console:
         self.stopping = True
 
 
+class Silence:
+    """Of the processes that only train with the runner."""
+
+    stopping = False
+
+    def say(self, progress: dict[str, Any] | None = None) -> None:
+        """Process 0 reports for all."""
+
+
 def main(job_id: str, owner: str, fence: str, parent: str) -> int:
     """Exit code 0 when the job has ended, waits, or belongs to somebody else."""
     if not bound_to(int(parent)):
         return 1
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    claim = Claim(job_id, owner, int(fence))
+    settings, claim, team = get_settings(), Claim(job_id, owner, int(fence)), ALONE
+    if settings.training_processes > 1 and not launched():
+        return launch(settings.training_processes, "workers.runner", [job_id, owner, fence, str(os.getpid())])
     try:
-        _run(claim, Console())
+        if launched():
+            team = Ranks(choose(settings.device, local_rank(), settings.training_processes), settings.stall_seconds)
+        if isinstance(team, Ranks) and team.rank:
+            follow(team, lambda: Context(claim, settings, Silence(), guest=True, team=team))
+            return 0
+        _run(Context(claim, settings, Console(), team=team))
     except LeaseLost as error:
         log.warning("%s", error)
     except SecateursError as error:
         log.exception("job %s failed", job_id)
-        with transaction() as session:
-            jobs.finish(session, claim, JobState.FAILED, error=_problem(error))
+        _fail(claim, error)
+    team.tell(None)
     return 0
 
 
-def _run(claim: Claim, console: Console) -> None:
-    context = Context(claim, get_settings(), console)
+def _run(context: Context) -> None:
+    claim, console = context.claim, context.console
     patience = PATIENCE
     while not console.stopping:
         with transaction() as session:
@@ -89,6 +112,11 @@ def _run(claim: Claim, console: Console) -> None:
 def _give_back(claim: Claim, seconds: float) -> None:
     with transaction() as session:
         jobs.release(session, claim, seconds)
+
+
+def _fail(claim: Claim, error: SecateursError) -> None:
+    with suppress(LeaseLost), transaction() as session:
+        jobs.finish(session, claim, JobState.FAILED, error=_problem(error))
 
 
 def bound_to(parent: int) -> bool:

@@ -173,8 +173,8 @@ class Trainer(abc.ABC):
         if self.settings.clip_norm is None:
             return
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
-        one = torch.ones((), device=self.device)
         norms = torch.stack(torch._foreach_norm([leaf.grad for leaf in leaves if leaf.grad is not None]))
+        one = torch.ones_like(norms[0])
         norm = torch.linalg.vector_norm(norms * torch.stack([shares.get(leaf, one) for leaf in leaves]))
         nn.utils.clip_grads_with_norm_(leaves, self.settings.clip_norm, norm)
         if self.device.type != "cpu":  # the host must not wait for the norm; one not finite has left only 0 and NaN

@@ -394,8 +394,7 @@ def forget() -> None:
 
 
 def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("training", "retraining"):
-        monkeypatch.setattr(f"workers.steps.{module}.SLICE", 0.05)  # several checkpoints although the job is short
+    monkeypatch.setattr("workers.steps.trainers.SLICE", 0.05)  # several checkpoints although the job is short
     short = {"search": {"generations": 2, "population": 4}}
     undisturbed = fate(run(submit(flops_bound(0.4), **short)))
     forget()

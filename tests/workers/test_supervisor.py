@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -63,7 +64,7 @@ def read(job_id: str) -> Job:
         return jobs.get(session, job_id)
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -182,6 +183,63 @@ def test_a_worker_that_stops_gives_its_job_back_with_its_progress(submit: Callab
     until(lambda: bool(read(job_id).progress))
     stop.set()
     thread.join(20)
+    job = read(job_id)
+    assert (job.owner, job.attempts, job.state) == (None, 0, JobState.TRAINING)
+    assert job.progress["done"] > 0
+
+
+def members() -> dict[str, psutil.Process]:
+    """The training processes that torchrun has started, by their number."""
+    found = {}
+    for process in runners():
+        with suppress(psutil.Error):
+            found[process.environ().get("RANK", "launcher")] = process
+    return found
+
+
+@pytest.mark.timeout(600)  # nine processes import torch
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # what is tested here is the same on both kinds
+def test_two_processes_train_a_job_and_the_death_of_one_changes_nothing(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEURS_TRAINING_PROCESSES", "2")
+    get_settings.cache_clear()
+    calm = submit(seed=1)
+    worker = work(calm)
+    until(lambda: read(calm).state is JobState.TRAINING and members().keys() == {"launcher", "0", "1"})
+    worker.join(240)
+    assert read(calm).state is JobState.SUCCEEDED
+    environment = read(calm).environment
+    assert environment is not None
+    assert environment["processes"] == 2
+    assert not runners()
+    expected = fate(calm)
+    forget_net()
+
+    rough = submit(seed=1)
+    worker = work(rough)
+    for number, state in (("1", JobState.TRAINING), ("0", JobState.RETRAINING)):
+        until(lambda state=state, number=number: read(rough).state is state and number in members(), 120)
+        before = {process.pid for process in members().values()}
+        members()[number].kill()
+        until(lambda before=before: not any(psutil.pid_exists(pid) for pid in before))
+    worker.join(240)
+    assert read(rough).state is JobState.SUCCEEDED
+    assert read(rough).reproducible
+    assert fate(rough) == expected
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # what is tested here is the same on both kinds
+def test_two_processes_end_with_their_worker(submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEURS_TRAINING_PROCESSES", "2")
+    get_settings.cache_clear()
+    job_id = submit(epochs=500)
+    stop = threading.Event()
+    thread = threading.Thread(target=supervise_next, args=("test", stop.is_set))
+    thread.start()
+    until(lambda: bool(read(job_id).progress))
+    stop.set()
+    thread.join(120)
     job = read(job_id)
     assert (job.owner, job.attempts, job.state) == (None, 0, JobState.TRAINING)
     assert job.progress["done"] > 0

@@ -27,13 +27,13 @@ from service.store.session import transaction
 from workers import checkpoints
 from workers.budget import Budget
 from workers.datasets import Data, prepare
+from workers.parallel import ALONE, Team
+from workers.placement import choose
 from workers.training import Trainer
 
 T = TypeVar("T")
 SMALL = 64
 log = logging.getLogger(__name__)
-SLICE = 45.0
-"""Seconds of training between checkpoints: what a kill costs at most."""
 
 
 class Console(Protocol):
@@ -58,17 +58,20 @@ class Facts:
 class Context:
     """One job in one runner process; a `guest` only helps, holds no claim of the job and writes nothing of it."""
 
-    def __init__(self, claim: Claim, settings: Settings, console: Console, *, guest: bool = False) -> None:
-        self.claim, self.settings, self.console = claim, settings, console
+    def __init__(
+        self, claim: Claim, settings: Settings, console: Console, *, guest: bool = False, team: Team = ALONE
+    ) -> None:  # fmt: skip
+        self.claim, self.settings, self.console, self.team = claim, settings, console, team
         with transaction() as session:
             job = jobs.get(session, claim.job_id) if guest else jobs.load(session, claim)
             dataset = session.get_one(Dataset, job.dataset_id)
         self.spec = JobRequest.model_validate(job.spec)
         self.dataset = Facts(dataset.id, dataset.kind, dataset.path, dataset.classes)
         small = (self.spec.image_size or 0) <= SMALL
-        self.threads = settings.threads or (1 if small else os.cpu_count() or 1)
+        cores = max(1, (os.cpu_count() or 1) // settings.training_processes)
+        self.threads = settings.threads or (1 if small else cores)
         torch.set_num_threads(self.threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose(settings.device, team.rank, team.size)
         self.kept: dict[str, Any] = {}
         if job.environment not in (None, self.environment) and job.reproducible and not guest:
             with transaction() as session:
@@ -105,13 +108,16 @@ class Context:
         return prepare(
             (loaded.train_x, loaded.train_y), (loaded.test_x, loaded.test_y), len(loaded.classes),
             flip=dataset.kind != "digits", validation=self.spec.training.validation_images, seed=self.spec.seed,
+            device=self.device,
         )  # fmt: skip
 
     @property
     def environment(self) -> dict[str, Any]:
         """What a result can be reproduced with."""
-        kernels = torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else torch.cuda.get_device_name()
-        return {"torch": torch.__version__, "threads": self.threads, "kernels": kernels}
+        on_cpu = self.device.type == "cpu"
+        kernels = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(self.device)
+        processes = self.settings.training_processes
+        return {"torch": torch.__version__, "threads": self.threads, "kernels": kernels, "processes": processes}
 
     def budget(self, job: Job) -> Budget:
         """The constraints, less their safety margins, with the tables and corrections that the job holds now."""

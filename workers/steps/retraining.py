@@ -14,8 +14,8 @@ from service.store.session import transaction
 from workers import checkpoints
 from workers.evaluation import test
 from workers.networks import folded_weights
-from workers.steps import fidelity
-from workers.steps.context import SLICE, Context
+from workers.steps import fidelity, trainers
+from workers.steps.context import Context
 from workers.steps.outcome import MOVED, Outcome
 from workers.steps.recipe import recipe
 from workers.training import ScratchTrainer, TrainingSettings
@@ -50,7 +50,7 @@ def step(context: Context, job: Job) -> Outcome:
         shown = {"phase": "retraining", "structure": trial["role"], "done": share, "total": len(job.memory["queue"])}
         return {**shown, **trainer.latest()}
 
-    trainer.advance(context.pause(SLICE, progress))
+    trainers.advance(context, trainer, progress)
     if trainer.done < trainer.total:
         _save(context, job, trial, trainer, progress())
     else:
@@ -97,13 +97,8 @@ def _record(session: Session, context: Context, job: Job, trial: dict[str, Any],
 
 
 def _trainer(context: Context, trial: dict[str, Any], kept: dict[str, Any]) -> ScratchTrainer:
-    settings = TrainingSettings.of(_settings(context, trial))
-    trainer = ScratchTrainer(
-        context.space, tuple(trial["channels"]), context.data, settings, context.spec.seed, context.device
-    )
-    if kept:
-        context.restore(trainer, kept["sha256"], kept["counters"])
-    return trainer
+    arguments = {"channels": trial["channels"], "settings": _settings(context, trial)}
+    return trainers.build(context, trainers.scratch, arguments, kept.get("sha256"), kept.get("counters"))
 
 
 def _save(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchTrainer, progress: dict[str, Any]) -> None:

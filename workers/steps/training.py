@@ -10,7 +10,8 @@ from service.store.session import transaction
 from workers import checkpoints
 from workers.evaluation import Scorer
 from workers.pruning_net import PruningNet
-from workers.steps.context import SLICE, Context
+from workers.steps import trainers
+from workers.steps.context import Context
 from workers.steps.outcome import FOR_JOB, MOVED, Outcome
 from workers.training import PruningNetTrainer, TrainingSettings
 
@@ -53,7 +54,7 @@ def _train(context: Context, job: Job, key: str, trainer: PruningNetTrainer, old
     def progress() -> dict[str, Any]:
         return {"phase": "training", "done": trainer.done, "total": trainer.total, **trainer.latest()}
 
-    trainer.advance(context.pause(SLICE, progress))
+    trainers.advance(context, trainer, progress)
     ready = trainer.done >= trainer.total
     tensors = trainer.network.state_dict() if ready else trainer.state()
     sha256 = checkpoints.save(context.settings.blobs, tensors)
@@ -73,13 +74,8 @@ def _train(context: Context, job: Job, key: str, trainer: PruningNetTrainer, old
 def _trainer(
     context: Context, band: tuple[float, float], checkpoint: str | None, counters: dict[str, Any] | None
 ) -> PruningNetTrainer:
-    trainer = PruningNetTrainer(
-        context.space, context.data, TrainingSettings.of(context.spec.training.model_dump()), context.spec.seed,
-        band if context.spec.training.band else None, context.device,
-    )  # fmt: skip
-    if checkpoint is not None and counters is not None:
-        context.restore(trainer, checkpoint, counters)
-    return trainer
+    arguments = {"band": list(band) if context.spec.training.band else None}
+    return trainers.build(context, trainers.pruning_net, arguments, checkpoint, counters)
 
 
 def _pruning_net(context: Context, key: str) -> PruningNet:
