@@ -6,10 +6,11 @@ the same images in the same order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.datasets import Batches, Data
@@ -19,6 +20,17 @@ from workers.pruning_net import PruningNet
 
 BATCH = 250
 """Larger batches leave the processor's caches."""
+KEPT_BYTES = 2**28
+"""Sets of images that need no more are normalised once for all candidates."""
+
+
+class Images(Protocol):
+    """Labelled images that are read in batches."""
+
+    def __len__(self) -> int: ...
+
+    def plain(self, batch_size: int, device: torch.device, /) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in their order, with their labels."""
 
 
 class Scorer:
@@ -33,8 +45,8 @@ class Scorer:
         batch_size: int = BATCH,
     ) -> None:  # fmt: skip
         self._network, self._device, self._batch_size = network.to(device), device, batch_size
-        self._recalibration = data.sub_training.sample(recalibration_images, seed)
-        self._validation = data.sub_validation
+        self._recalibration = kept(data.sub_training.sample(recalibration_images, seed), data.image_size)
+        self._validation = kept(data.sub_validation, data.image_size)
 
     def score(self, encoding: Sequence[int]) -> Score:
         """Accuracy and loss on the sub-validation set with generated weights and recalibrated batch norms."""
@@ -44,8 +56,30 @@ class Scorer:
         return evaluate(plain, self._validation, self._device, self._batch_size)
 
 
+class Kept:
+    """Batches that are made once."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._made: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def plain(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Batches.plain`."""
+        if (batch_size, device) not in self._made:
+            self._made = {(batch_size, device): list(self._batches.plain(batch_size, device))}
+        return iter(self._made[batch_size, device])
+
+
+def kept(batches: Batches, size: int) -> Images:
+    """Images of this size as normalised floats, unless they are too many."""
+    return Kept(batches) if 12 * size**2 * len(batches) <= KEPT_BYTES else batches
+
+
 @torch.inference_mode()
-def recalibrate(network: nn.Module, batches: Batches, batch_size: int, device: torch.device) -> None:
+def recalibrate(network: nn.Module, batches: Images, batch_size: int, device: torch.device) -> None:
     """Set every batch norm's statistics to the mean over batches; leaves the network in eval mode."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -58,12 +92,13 @@ def recalibrate(network: nn.Module, batches: Batches, batch_size: int, device: t
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: Batches, device: torch.device, batch_size: int = BATCH) -> Score:
+def evaluate(network: nn.Module, batches: Images, device: torch.device, batch_size: int = BATCH) -> Score:
     """Accuracy and mean cross entropy of a network in eval mode."""
     network.eval()
+    forward = network.folded() if isinstance(network, PlainNetwork) else network
     right, loss = 0, 0.0
     for images, labels in batches.plain(batch_size, device):
-        logits = network(images).float()
+        logits = forward(images).float()
         right += int((logits.argmax(1) == labels).sum())
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
     return Score(right / len(batches), loss / len(batches) if math.isfinite(loss) else DIVERGED)

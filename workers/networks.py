@@ -38,8 +38,8 @@ def run(nodes: Sequence[Node], images: Tensor, apply: Callable[[int, Tensor], Te
     return maps[len(nodes) - 1]
 
 
-def convolve(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution without bias; weight (c_out, c_in / groups, k, k).
+def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution; weight (c_out, c_in / groups, k, k).
 
     oneDNN compiles a kernel for every new shape, which costs milliseconds, and a PruningNet has new widths in every
     step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays.
@@ -47,10 +47,10 @@ def convolve(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     if layer.op is Op.CONV and layer.kernel == 1 and layer.out_size < LARGE_MAP:
         pixels = x[:, :, :: layer.stride, :: layer.stride].permute(0, 2, 3, 1)
         # Of two dimensions: with four, torch folds or batches depending on who requires gradients, with other bits.
-        out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1))
+        out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1), bias)
         return out.view(*pixels.shape[:3], layer.c_out).permute(0, 3, 1, 2)
     groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
-    return functional.conv2d(x, weight, None, layer.stride, layer.padding, 1, groups)
+    return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, groups)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -118,6 +118,15 @@ class PlainNetwork(nn.Module):
                 return z
             case _:
                 return pool(layer, x)
+
+    def folded(self) -> Callable[[Tensor], Tensor]:
+        """What the network does in eval mode, with its batch norms folded into the convolutions as they are now."""
+        folded = {int(name): fold(conv, self.norms[name]) for name, conv in self.convs.items()}
+
+        def compute(i: int, x: Tensor) -> Tensor:
+            return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self._compute(i, x)
+
+        return lambda images: run(self.nodes, images, compute)
 
     def weight(self, i: int) -> Tensor:
         """Weight of the convolution at node i."""

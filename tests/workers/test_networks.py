@@ -68,3 +68,17 @@ def test_depthwise_and_norms_are_not_decayed() -> None:
         for layer in space.layers(space.uniform(1.0)) if layer.norm
     )  # fmt: skip
     assert sum(p.numel() for p in (*decayed, *others)) == parameters(space.layers(space.uniform(1.0)))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet20"])
+def test_folding_batch_norms_changes_only_rounding(name: str) -> None:
+    space = get_space(name, 16, 0.25, 4, True)
+    network = PlainNetwork(space, space.uniform(0.5), 3)
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    network.train()
+    network(images)
+    network.eval()
+    with torch.inference_mode():
+        plain, folded = network(images), network.folded()(images)
+    assert not torch.equal(plain, network.train()(images))
+    assert torch.allclose(plain, folded, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
