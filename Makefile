@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 SOURCES := latency_profiler service workers migrations tests benchmarks
 
-.PHONY: demo up test check format openapi
+.PHONY: demo up test check format openapi bench-search
 .DEFAULT_GOAL := check
 
 .venv/bin/python:
@@ -39,6 +39,9 @@ check: .venv/.dev
 	export SECATEURS_HOME="$$home" && \
 	$(BIN)/python -m service.admin migrate && $(BIN)/python -m service.admin check && \
 	$(BIN)/python -m service.app | diff service/openapi.json - || { echo 'run: make openapi'; exit 1; }
+
+bench-search: .venv/.dev
+	$(BIN)/python benchmarks/speed.py
 
 openapi: .venv/.dev
 	$(BIN)/python -m service.app > service/openapi.json.new && mv service/openapi.json.new service/openapi.json
