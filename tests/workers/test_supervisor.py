@@ -197,7 +197,7 @@ def members() -> dict[str, psutil.Process]:
     return found
 
 
-@pytest.mark.timeout(600)  # nine processes import torch
+@pytest.mark.timeout(1200)  # nine processes import torch
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # what is tested here is the same on both kinds
 def test_two_processes_train_a_job_and_the_death_of_one_changes_nothing(
     submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
@@ -206,8 +206,8 @@ def test_two_processes_train_a_job_and_the_death_of_one_changes_nothing(
     get_settings.cache_clear()
     calm = submit(seed=1)
     worker = work(calm)
-    until(lambda: read(calm).state is JobState.TRAINING and members().keys() == {"launcher", "0", "1"})
-    worker.join(240)
+    until(lambda: read(calm).state is JobState.TRAINING and members().keys() == {"launcher", "0", "1"}, 300)
+    worker.join(400)
     assert read(calm).state is JobState.SUCCEEDED
     environment = read(calm).environment
     assert environment is not None
@@ -219,11 +219,11 @@ def test_two_processes_train_a_job_and_the_death_of_one_changes_nothing(
     rough = submit(seed=1)
     worker = work(rough)
     for number, state in (("1", JobState.TRAINING), ("0", JobState.RETRAINING)):
-        until(lambda state=state, number=number: read(rough).state is state and number in members(), 120)
+        until(lambda state=state, number=number: read(rough).state is state and number in members(), 300)
         before = {process.pid for process in members().values()}
         members()[number].kill()
         until(lambda before=before: not any(psutil.pid_exists(pid) for pid in before))
-    worker.join(240)
+    worker.join(400)
     assert read(rough).state is JobState.SUCCEEDED
     assert read(rough).reproducible
     assert fate(rough) == expected
@@ -237,7 +237,7 @@ def test_two_processes_end_with_their_worker(submit: Callable[..., str], monkeyp
     stop = threading.Event()
     thread = threading.Thread(target=supervise_next, args=("test", stop.is_set))
     thread.start()
-    until(lambda: bool(read(job_id).progress))
+    until(lambda: bool(read(job_id).progress), 300)
     stop.set()
     thread.join(120)
     job = read(job_id)
