@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs import kept, run, service, write
 
+KINDS = ("generated", "shared")
 SHORTEST = {"generations": 1, "population": 2, "parents": 1}
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--structures", type=int, default=24)
     parser.add_argument("--epochs", type=int, help="of each training from scratch; as many as the effort has")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     request: dict[str, Any] = {
         "space": options.space, "width": options.width, "image_size": options.image_size, "dataset": options.dataset,
@@ -35,7 +37,7 @@ def main() -> None:
         "fidelity": {"structures": options.structures, "epochs": options.epochs}, "baselines": False,
         "seed": options.seed,
     }  # fmt: skip
-    requests = [request | {"training": {"weights": weights}} for weights in ("generated", "shared")]
+    requests = [request | {"training": {"weights": weights}} for weights in options.weights]
     with service() as client:
         jobs = run(client, requests)
         nets = [client.pruning_net(job["result"]["pruning_net"]) for job in jobs if job["result"]]
