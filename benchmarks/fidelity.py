@@ -37,6 +37,8 @@ def main() -> None:
         "fidelity": {"structures": options.structures, "epochs": options.epochs}, "baselines": False,
         "seed": options.seed,
     }  # fmt: skip
+    if options.epochs:
+        request["retraining"] = {"epochs": options.epochs}  # of the search's winner, which nobody asked for
     requests = [request | {"training": {"weights": weights}} for weights in options.weights]
     with service() as client:
         jobs = run(client, requests)
