@@ -18,6 +18,9 @@ Shape = tuple[int, ...]
 SHORTCUT = -2
 """Index of the second input of a network that is one residual layer (`IMAGE` is the first one's)."""
 
+BIAS = 0.1
+"""Standard deviation of random biases."""
+
 
 def single(layer: Layer) -> tuple[Node, ...]:
     """A network of one layer; a residual layer reads its shortcut from a second input."""
@@ -61,12 +64,12 @@ def weight_shapes(node: Node) -> dict[str, Shape]:
 
 
 def random_weights(nodes: Iterable[Node], seed: int = 0) -> dict[str, Array]:
-    """He-scaled weights and zero biases of a network."""
+    """He-scaled weights and small biases of a network."""
     rng = np.random.default_rng(seed)
     weights: dict[str, Array] = {}
     for node in nodes:
         for name, shape in weight_shapes(node).items():
-            weights[name] = _he(shape, rng) if len(shape) > 1 else np.zeros(shape, dtype=np.float32)
+            weights[name] = _he(shape, rng) if len(shape) > 1 else _normal(shape, rng, BIAS)
     return weights
 
 
@@ -79,4 +82,8 @@ def random_inputs(nodes: Sequence[Node], batch: int, seed: int = 0) -> dict[int,
 
 def _he(shape: Shape, rng: np.random.Generator) -> Array:
     fan_in = int(np.prod(shape[1:]))
-    return rng.standard_normal(shape, dtype=np.float32) * np.float32((2.0 / fan_in) ** 0.5)
+    return _normal(shape, rng, (2.0 / fan_in) ** 0.5)
+
+
+def _normal(shape: Shape, rng: np.random.Generator, scale: float) -> Array:
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)

@@ -11,10 +11,9 @@ import onnxruntime
 
 from latency_profiler.graphs import INPUT_NAMES, OUTPUT_NAME, build_model, empty_model
 from latency_profiler.layers import Layer, Node
-from latency_profiler.runtimes.base import Settings
+from latency_profiler.runtimes.base import Loaded, Settings
 from latency_profiler.spaces.space import IMAGE
 from latency_profiler.tensors import Array, output_shape, random_inputs, single
-from latency_profiler.timing import Stopwatch
 
 
 class OnnxRuntime:
@@ -22,27 +21,28 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     version: str = onnxruntime.__version__
+    dtypes = ("float32",)  # its CPU provider has no convolution in bfloat16 or float16
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._options = _options(settings.threads)
 
-    def load_layer(self, layer: Layer) -> Stopwatch:
+    def load_layer(self, layer: Layer) -> Loaded:
         """One layer as a graph of its own."""
         return self.load_network(single(layer))
 
-    def load_network(self, nodes: Sequence[Node]) -> Stopwatch:
+    def load_network(self, nodes: Sequence[Node]) -> Loaded:
         """A whole network as one graph."""
         batch = self.settings.batch
         output = np.zeros(output_shape(nodes[-1].layer, batch), dtype=np.float32)
         return self._bind(build_model(nodes, batch=batch), random_inputs(nodes, batch), output)
 
-    def empty_run(self) -> Stopwatch:
+    def empty_run(self) -> Loaded:
         """A session that only passes one number on."""
         number = np.ones((1, 1), dtype=np.float32)
         return self._bind(empty_model(), {IMAGE: number}, number.copy())
 
-    def _bind(self, model: onnx.ModelProto, inputs: dict[int, Array], output: Array) -> Stopwatch:
+    def _bind(self, model: onnx.ModelProto, inputs: dict[int, Array], output: Array) -> Loaded:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), self._options, providers=["CPUExecutionProvider"]
         )
@@ -50,7 +50,12 @@ class OnnxRuntime:
         for index, array in inputs.items():
             binding.bind_ortvalue_input(INPUT_NAMES[index], onnxruntime.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_output(OUTPUT_NAME, onnxruntime.OrtValue.ortvalue_from_numpy(output))
-        return Stopwatch(lambda: session.run_with_iobinding(binding))
+
+        def result() -> Array:
+            session.run_with_iobinding(binding)
+            return output.copy()
+
+        return Loaded(lambda: session.run_with_iobinding(binding), output=result)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

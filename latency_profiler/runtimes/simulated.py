@@ -1,13 +1,15 @@
-"""An analytic device with seeded noise: for demonstrations and tests, on any machine, without a runtime.
+"""Analytic devices with seeded noise: for demonstrations and tests, on any machine, without a runtime.
 
 A layer takes a fixed time, its multiply-adds at a peak rate and its bytes at a bandwidth; widths count as the next
-multiple of 8, as on hardware with vector lanes. Every value is a function of (seed, key, position of the value).
+multiple of 8, as on hardware with vector lanes. Every value of `simulated` is a function of (seed, key, position of the
+value). `simulated-phone` also drifts, and slows down when it has worked for a while: there a value depends on the
+seconds that were measured before it, and on the seed.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, pi, sin
 
 import numpy as np
 
@@ -28,16 +30,43 @@ NOISE = 0.01
 """Mean share by which a value is too long is 0.8 of this (half a normal distribution)."""
 
 
+DRIFT_PERIOD = 60.0
+"""Seconds in which a device that drifts is slow and fast once."""
+COOL, HOT = 20.0, 5.0
+"""Seconds of work before a device that throttles is too hot, and before it is cool again."""
+
+
+@dataclass
+class Pace:
+    """How a device's speed changes while it works; `phase` (radians) is where its drift begins."""
+
+    drift: float = 0.0
+    """Largest share by which it becomes slower and faster than its mean."""
+    throttle: float = 0.0
+    """Share by which everything takes longer while it is hot."""
+    phase: float = 0.0
+    worked: float = 0.0
+
+    def spend(self, seconds: float) -> float:
+        """Seconds that this much work takes now."""
+        hot = self.throttle if self.worked % (COOL + HOT) >= COOL else 0.0
+        wave = self.drift * sin(2 * pi * self.worked / DRIFT_PERIOD + self.phase)
+        took = seconds * (1 + wave) * (1 + hot)
+        self.worked += took
+        return took
+
+
 @dataclass
 class SimulatedSubject:
     """Takes `mean` seconds per run or a little more, as disturbances do; nothing is waited for."""
 
     mean: float
     rng: np.random.Generator = field(repr=False)
+    pace: Pace = field(default_factory=Pace)
 
     def seconds(self, runs: int) -> float:
         """Seconds that so many runs would take together."""
-        return float(runs * self.mean * (1 + NOISE * abs(self.rng.standard_normal())))
+        return self.pace.spend(float(runs * self.mean * (1 + NOISE * abs(self.rng.standard_normal()))))
 
 
 class Simulated:
@@ -45,9 +74,10 @@ class Simulated:
 
     name = "simulated"
     version = "1"
+    dtypes = ("float32",)
 
     def __init__(self, settings: Settings, seed: int = 0) -> None:
-        self.settings, self._seed = settings, seed
+        self.settings, self._seed, self._pace = settings, seed, self._begin(seed)
 
     def load_layer(self, layer: Layer) -> SimulatedSubject:
         """One layer, with the cost of calling the device."""
@@ -69,7 +99,19 @@ class Simulated:
 
     def _subject(self, key: str, mean: float) -> SimulatedSubject:
         digest = hashlib.sha256(f"{self._seed}:{key}".encode()).digest()
-        return SimulatedSubject(mean, np.random.default_rng(int.from_bytes(digest[:8])))
+        return SimulatedSubject(mean, np.random.default_rng(int.from_bytes(digest[:8])), self._pace)
+
+    def _begin(self, seed: int) -> Pace:
+        return Pace()
+
+
+class SimulatedPhone(Simulated):
+    """One that drifts by 3 % to both sides and takes half as long again while it is hot."""
+
+    name = "simulated-phone"
+
+    def _begin(self, seed: int) -> Pace:
+        return Pace(drift=0.03, throttle=0.5, phase=float(np.random.default_rng(seed).uniform(0, 2 * pi)))
 
 
 def _rounded(layer: Layer) -> Layer:

@@ -3,17 +3,18 @@
 Channels-last tensors, batch norm folded into the bias, addition and activation in place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from latency_profiler.layers import Activation, Layer, Node, Op
-from latency_profiler.runtimes.base import Settings
+from latency_profiler.runtimes.base import Loaded, Settings
+from latency_profiler.spaces.space import IMAGE
 from latency_profiler.tensors import Array, random_inputs, random_weights, single
-from latency_profiler.timing import Stopwatch
 
 Tensors = dict[int, torch.Tensor]
+Forward = Callable[[Tensors], torch.Tensor]
 
 
 class Torch:
@@ -21,44 +22,71 @@ class Torch:
 
     name = "torch"
     version: str = torch.__version__
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # float16 is computed by emulation here
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         torch.set_num_threads(settings.threads)
 
-    def load_layer(self, layer: Layer) -> Stopwatch:
+    def load_layer(self, layer: Layer) -> Loaded:
         """One layer."""
         return self.load_network(single(layer))
 
-    def load_network(self, nodes: Sequence[Node]) -> Stopwatch:
+    def load_network(self, nodes: Sequence[Node]) -> Loaded:
         """A whole network, layer after layer."""
-        weights = {name: _tensor(array) for name, array in random_weights(nodes).items()}
-        inputs = {index: _tensor(array) for index, array in random_inputs(nodes, self.settings.batch).items()}
-        return Stopwatch(network(nodes, weights, inputs))
+        weights = {name: self._tensor(array) for name, array in random_weights(nodes).items()}
+        inputs = {index: self._tensor(array) for index, array in random_inputs(nodes, self.settings.batch).items()}
+        return self._ready(forward(nodes, weights), inputs)
 
-    def empty_run(self) -> Stopwatch:
+    def empty_run(self) -> Loaded:
         """Entering inference mode with nothing to compute."""
-        return Stopwatch(network((), {}, {-1: torch.ones(1)}))
+        return self._ready(lambda inputs: inputs[IMAGE], {IMAGE: torch.ones(1)})
+
+    def _ready(self, compute: Forward, inputs: Tensors) -> Loaded:
+        run = bound(compute, inputs)
+        return Loaded(run, output=lambda: run().float().numpy())
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        tensor = torch.from_numpy(array).to(getattr(torch, self.settings.dtype))
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def network(nodes: Sequence[Node], weights: dict[str, torch.Tensor], inputs: Tensors) -> Callable[[], torch.Tensor]:
+def network(nodes: Sequence[Node], weights: Mapping[str, torch.Tensor], inputs: Tensors) -> Callable[[], torch.Tensor]:
     """A function that computes a network's last node from fixed inputs."""
-    steps = [(index, node, _kernel(node, weights)) for index, node in enumerate(nodes)]
+    return bound(forward(nodes, weights), inputs)
+
+
+def bound(compute: Forward, inputs: Tensors) -> Callable[[], torch.Tensor]:
+    """A function of fixed inputs, without gradients."""
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        results = dict(inputs)
-        for index, node, kernel in steps:
-            x = kernel(results[node.input])
-            if node.shortcut is not None:
-                x += results[node.shortcut]
-            results[index] = _activate(x, node.layer.activation)
-        return results[len(steps) - 1]
+        return compute(inputs)
 
     return run
 
 
-def _kernel(node: Node, weights: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def forward(nodes: Sequence[Node], weights: Mapping[str, torch.Tensor]) -> Forward:
+    """A network's last node as a function of its inputs by index."""
+    steps = [(node, _kernel(node, weights)) for node in nodes]
+
+    def compute(inputs: Tensors) -> torch.Tensor:
+        results: list[torch.Tensor] = []
+
+        def read(index: int) -> torch.Tensor:
+            return inputs[index] if index < 0 else results[index]
+
+        for node, kernel in steps:
+            x = kernel(read(node.input))
+            if node.shortcut is not None:
+                x += read(node.shortcut)
+            results.append(_activate(x, node.layer.activation))
+        return results[-1]
+
+    return compute
+
+
+def _kernel(node: Node, weights: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     layer = node.layer
     match layer.op:
         case Op.CONV | Op.DEPTHWISE:
@@ -82,8 +110,3 @@ def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
             return F.hardtanh_(x, 0.0, 6.0)
         case _:
             return x
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

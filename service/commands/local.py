@@ -41,7 +41,7 @@ def agent(
     as_json: Annotated[bool, typer.Option("--json", help="Say what happens as one JSON object a line.")] = False,
     context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
-    """Measure on this machine for a service; further options are the agent's own (see --runtime, --threads)."""
+    """Measure on this machine for a service (also --runtime, --threads, --batch, --dtype; a wrong name lists all)."""
     if not token:
         raise InvalidInput("no token: set SECATEURS_TOKEN to what `secateurs devices add` printed")
     command = [sys.executable, "-m", "latency_profiler.agent", "--server", server, "--device", device]
