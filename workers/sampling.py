@@ -77,7 +77,8 @@ def _directions(depths: Sequence[float], count: int, rng: np.random.Generator) -
     profiles = np.stack([at, 1.5 * at**2 - 0.5, np.sin(np.pi * at)])  # (3, g)
     smooth = rng.uniform(-1, 1, (count, len(profiles))) * PROFILES @ profiles
     noise = rng.uniform(*NOISE, (count, 1)) * rng.uniform(-1, 1, (count, len(at)))
-    return MIDDLE * (smooth + noise)
+    directions: npt.NDArray[np.float64] = MIDDLE * (smooth + noise)
+    return directions
 
 
 def _shifted(
