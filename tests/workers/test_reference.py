@@ -22,7 +22,7 @@ def reference() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet20"])
-def test_same_weights_give_the_same_logits_gradients_and_statistics(name: str, reference: ModuleType) -> None:
+def test_same_weights_give_the_same_logits_in_training_and_in_evaluation(name: str, reference: ModuleType) -> None:
     space = get_space(name, 16, 0.25, 4, True)
     net = PruningNet(space, seed=1).double()
     theirs = reference.Reference(net).double()
