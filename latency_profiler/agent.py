@@ -2,6 +2,7 @@
 
 It holds no state but its spool: whatever happens to the agent or to the service, a lease expires and its work is
 given out anew, and an upload that was sent twice is stored once. The service being away is no error; being refused is.
+It measures in another process (`isolation`), and keeps its lease while that works or waits for its turn.
 """
 
 import argparse
@@ -24,10 +25,11 @@ import numpy as np
 from platformdirs import user_state_path
 
 from latency_profiler.client import Client
-from latency_profiler.device import agent_version, fingerprint
+from latency_profiler.device import agent_version, fingerprint, host
 from latency_profiler.errors import InvalidInput, SecateursError, ServiceError
-from latency_profiler.measuring import measure_work
-from latency_profiler.runtimes.base import Settings, open_runtime
+from latency_profiler.isolation import LOOK_SECONDS, PATIENCE, Bench, Turn
+from latency_profiler.measuring import measure_groups
+from latency_profiler.runtimes.base import DTYPES, Settings, names, open_runtime
 from latency_profiler.spool import Spool
 from latency_profiler.wire import pause, temporary
 
@@ -35,6 +37,8 @@ log = logging.getLogger("secateurs.agent")
 MOST_ITEMS = 32
 LEASE_SHARE = 0.4
 """Of a lease's seconds, how much may be spent measuring; the rest is for handing in."""
+RENEWALS = 4
+"""How often a lease is renewed in its time."""
 REFUSED = (401, 403, 404)
 """Statuses that no repetition changes: a wrong token, another device's token, an unknown device."""
 
@@ -54,6 +58,20 @@ class Options:
     """End when there is nothing to measure, or the service is away."""
     seed: int = 0
     """Of the order in which layers are measured."""
+    patience: float = PATIENCE
+    """Seconds after which a measurement hangs."""
+    lock: Path | None = None
+    """The file that agents of this machine hold in turn; None is the one that all of them know."""
+
+
+@dataclass
+class Lease:
+    """Work that belongs to this agent for `seconds`, unless it is renewed."""
+
+    id: str
+    items: list[dict[str, Any]]
+    seconds: float
+    renewed: float = field(default_factory=time.monotonic)
 
 
 class Agent:
@@ -70,10 +88,13 @@ class Agent:
         self._options = options
         self._runtime = open_runtime(options.runtime, options.settings)
         self._fingerprint = fingerprint(self._runtime)
+        self._identity = {"connection": uuid.uuid4().hex, "host": host()}
         self._client = Client(options.server, options.token, transport=transport, sleep=self.stop.wait)
         self._spool = Spool(options.spool or default_spool(options.server, options.device))
         self._rng = np.random.default_rng(options.seed)
         self._limit = MOST_ITEMS
+        self._bench = Bench(options.runtime, options.settings, options.patience)
+        self._turn = Turn(options.lock)
 
     def run(self) -> None:
         """Work until stopped (or, with `once`, until there is nothing to do).
@@ -81,6 +102,13 @@ class Agent:
         Raises:
             ServiceError: the service refuses this agent, or, with `once`, it is away.
         """
+        try:
+            self._run()
+        finally:
+            self._bench.close()
+            self._turn.close()
+
+    def _run(self) -> None:
         failures = 0
         while not self.stop.is_set():
             try:
@@ -99,37 +127,59 @@ class Agent:
     def _round(self) -> float:
         """Hand in what waits, lease, measure, hand in; seconds until the next round."""
         self._hand_in()
-        began = time.monotonic()
-        lease = self._client.lease(self._options.device, self._fingerprint.to_json(), agent_version(), self._limit)
+        answer = self._client.lease(
+            self._options.device, self._fingerprint.to_json(), agent_version(), self._limit, **self._identity
+        )
         try:
-            items, lease_id, poll = lease["items"], str(lease["lease_id"]), float(lease["poll_seconds"])
-            until = began + LEASE_SHARE * float(lease["lease_seconds"])
+            poll = float(answer["poll_seconds"])
+            lease = Lease(str(answer["lease_id"]), answer["items"], float(answer["lease_seconds"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ServiceError(502, {"detail": f"the service's lease cannot be read: {error}"}) from error
-        if not items:
+        if not lease.items:
             return max(poll, 0.1)
-        if not self.stop.is_set():
-            self._measure(items, lease_id, until)
-            self._hand_in()
+        self._measure(lease)
+        self._hand_in()
         return 0.0
 
-    def _measure(self, items: list[dict[str, Any]], lease_id: str, until: float) -> None:
-        """Measure what the lease's time allows, and spool it."""
-        began = time.monotonic()
-        results = measure_work(self._runtime, items, self._rng, lambda: self._may_go_on(until))
-        if not results:
+    def _measure(self, lease: Lease) -> None:
+        """Wait for this agent's turn on the machine, measure for a part of the lease's time, and spool it."""
+        self._bench.waiting = lambda: self._keep(lease)
+        while not (taken := self._turn.take()) and not self.stop.wait(LOOK_SECONDS / 20):
+            self._keep(lease)
+        if not taken or self.stop.is_set():
             return
+        began = time.monotonic()
+        until = began + LEASE_SHARE * lease.seconds
+        try:
+            results = measure_groups(
+                self._bench.measure, lease.items, self._rng,
+                lambda: self._may_go_on(until), lambda: not self.stop.is_set(),
+            )  # fmt: skip
+        finally:
+            self._turn.give_back()
         seconds = time.monotonic() - began
         self._limit = int(np.clip((until - began) / (seconds / len(results)), 1, MOST_ITEMS))
-        log.info("measured %d of %d in %.1f s", len(results), len(items), seconds)
+        log.info("measured %d of %d in %.1f s", len(results), len(lease.items), seconds)
         self._spool.put(
             {
                 "upload_id": uuid.uuid4().hex,
-                "lease_id": lease_id,
+                "lease_id": lease.id,
                 "fingerprint": self._fingerprint.sha256,
                 "results": results,
             }
         )
+
+    def _keep(self, lease: Lease) -> None:
+        """Renew the lease from time to time; if that fails it may run out, and late results still count."""
+        if time.monotonic() - lease.renewed < lease.seconds / RENEWALS:
+            return
+        lease.renewed = time.monotonic()
+        try:
+            self._client.lease(
+                self._options.device, self._fingerprint.to_json(), agent_version(), 0, renew=lease.id, **self._identity
+            )
+        except ServiceError as error:
+            log.info("the lease could not be renewed: %s", error)
 
     def _may_go_on(self, until: float) -> bool:
         return time.monotonic() < until and not self.stop.is_set()
@@ -219,10 +269,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", required=True, help="name under which this device was registered")
     parser.add_argument("--token", help="the device's token (visible to other users of this machine)")
     parser.add_argument("--token-file", type=Path, help="file that holds it; else SECATEURS_TOKEN is read")
-    parser.add_argument("--runtime", default="onnxruntime")
+    parser.add_argument("--runtime", default="onnxruntime", help=f"one of {', '.join(names())}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1, help="images per run")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)}, if the runtime has it")
     parser.add_argument("--spool", type=Path, help="folder for measurements that could not be handed in yet")
     parser.add_argument("--json", action="store_true", help="log one JSON object a line")
     parser.add_argument("--once", action="store_true", help="end when there is nothing to measure")

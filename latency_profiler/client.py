@@ -104,9 +104,9 @@ class Client:
         """Progress and held-out error of a device's profiles."""
         return self._wire.json("GET", path("devices", device, "profiles"))
 
-    def lease(self, device: str, fingerprint: Json, agent: str, limit: int = 32) -> Json:
-        """Take work to measure; also the agent's beat."""
-        body = {"fingerprint": fingerprint, "agent": agent, "limit": limit}
+    def lease(self, device: str, fingerprint: Json, agent: str, limit: int = 32, **more: str) -> Json:
+        """Take work to measure; also the agent's beat. `more` are `connection`, `host`, and a lease to `renew`."""
+        body = {"fingerprint": fingerprint, "agent": agent, "limit": limit, **more}
         return self._wire.json("POST", path("devices", device, "leases"), json=body)
 
     def measurements(self, device: str, upload: Json) -> Json:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from latency_profiler.errors import InvalidInput
 from latency_profiler.runtimes.base import Runtime
 
 GIB = 1 << 30
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -86,6 +88,12 @@ def fingerprint(runtime: Runtime) -> Fingerprint:
         batch=settings.batch,
         dtype=settings.dtype,
     )
+
+
+def host() -> str:
+    """What agents of one machine call it, also from containers: a digest of its boot, or of its name and address."""
+    text = BOOT.read_text() if BOOT.is_file() else f"{platform.node()} {uuid.getnode()}"
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:32]
 
 
 def agent_version() -> str:

@@ -43,7 +43,11 @@ class Entry:
 class Fit:
     """How the sum of layers becomes a network's latency in one space, and how well it does on held-out networks.
 
-    `mean_error` and `max_error` are shares of the measured time over `held_out` networks that the fit has not seen.
+    Errors are shares of the measured time over `held_out` networks that the fit has not seen: their mean and maximum
+    without sign, the share of networks `within_5` and `within_10` %, and the mean with its sign (`bias`, positive where
+    networks are faster than predicted). `spearman` is the rank correlation of predicted and measured times.
+    `noise_floor` is the mean difference between two measurements of one network: no table can do better. None is
+    unknown.
     """
 
     overhead: float
@@ -52,6 +56,11 @@ class Fit:
     held_out: int
     mean_error: float
     max_error: float
+    within_5: float | None = None
+    within_10: float | None = None
+    spearman: float | None = None
+    bias: float | None = None
+    noise_floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

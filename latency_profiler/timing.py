@@ -4,6 +4,7 @@ run      one execution of a layer or network.
 loop     runs that are timed together, so that one value lasts long enough (about a millisecond) for the clock.
 value    seconds per run, from one loop.
 warm-up  runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
+outlier  a value far from the others (Tukey's fences): kept and marked, since it says how a device disturbs.
 steady   the median's uncertainty (half a box plot's notch: 1.57 IQR / √values; McGill, Tukey and Larsen 1978) is a
          small share of the median.
 
@@ -22,6 +23,8 @@ from latency_profiler.errors import MeasurementFailed
 
 Clock = Callable[[], float]
 NOTCH = 1.57
+FENCE = 1.5
+"""Interquartile ranges beyond a quartile at which a value is an outlier (Tukey, Exploratory Data Analysis, 1977)."""
 MOST_LOOPS = 1 << 20
 
 
@@ -72,7 +75,10 @@ NETWORK = Effort(least=15, most=51, cap=5.0, steady_share=0.01)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was measured, in seconds per run; `loops` runs per value after `warmup` runs."""
+    """What was measured, in seconds per run; `loops` runs per value after `warmup` runs.
+
+    `outliers` are the positions of values that lie beyond Tukey's fences; they are kept, and the median ignores them.
+    """
 
     values: tuple[float, ...]
     loops: int
@@ -81,6 +87,7 @@ class Timing:
     iqr: float
     p90: float
     steady: bool
+    outliers: tuple[int, ...]
 
 
 @dataclass
@@ -123,7 +130,9 @@ class Series:
             reason = f"{type(self.failure).__name__}: {self.failure}" if self.failure else "no value was taken"
             raise MeasurementFailed(reason) from self.failure
         low, median, high, p90 = (float(q) for q in np.percentile(self.values, (25, 50, 75, 90)))
-        return Timing(tuple(self.values), self.loops, self.warmup, median, high - low, p90, self._steady())
+        fence = FENCE * (high - low)
+        outliers = tuple(i for i, value in enumerate(self.values) if not low - fence <= value <= high + fence)
+        return Timing(tuple(self.values), self.loops, self.warmup, median, high - low, p90, self._steady(), outliers)
 
     def _warm_up(self) -> None:
         """Run once cold, then in doubling loops until one lasts as long as a value: this sets the number of loops."""

@@ -1,5 +1,6 @@
 """Devices, what they shall measure, and their lookup tables."""
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, BackgroundTasks, Header, Path, Query, Response
@@ -7,6 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy.orm import Session
 
+from latency_profiler.calibration import Trust, Verdict, judge
 from latency_profiler.layers import Activation, Op
 from latency_profiler.lookup_table import Fit, LatencyTable
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
@@ -16,7 +18,7 @@ from service.api.problems import responses
 from service.specs import Model, Name
 from service.store import devices, measurements, work
 from service.store.measurements import Progress
-from service.store.models import Device, WorkState
+from service.store.models import Device, LookupTable, WorkState
 from service.store.session import snapshot, transaction
 
 LARGEST_TABLE = 32 << 20
@@ -34,6 +36,7 @@ def _storable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_storable)]
 Seconds = Annotated[float, Field(gt=0, lt=1000)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(ge=0, lt=1000)]
 SpaceKey = Annotated[Text, Field(max_length=100)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
@@ -56,14 +59,19 @@ class FitView(BaseModel):
     held_out: int
     mean_error: float
     max_error: float
+    within_5: float | None = Field(description="share of the held-out networks that are off by at most 5 %")
+    within_10: float | None
+    spearman: float | None
+    bias: float | None = Field(description="mean error with its sign, positive where prices are too high")
+    noise_floor: float | None = Field(description="mean difference between two measurements of one network")
+    trust: Trust
+    reason: str | None = Field(description="why it is not trusted")
 
     @classmethod
-    def of(cls, space_key: str, fit: Fit) -> Self:
+    def of(cls, space_key: str, fit: Fit, verdict: Verdict) -> Self:
         """As it is shown."""
-        return cls(
-            space_key=space_key, overhead_ms=1000 * fit.overhead, slope=fit.slope, fitted_on=fit.fitted_on,
-            held_out=fit.held_out, mean_error=fit.mean_error, max_error=fit.max_error,
-        )  # fmt: skip
+        facts = {**asdict(fit), "overhead_ms": 1000 * fit.overhead}
+        return cls(space_key=space_key, trust=verdict.trust, reason=verdict.reason, **facts)
 
 
 class SpaceUse(BaseModel):
@@ -79,8 +87,13 @@ class TableView(BaseModel):
     """The current lookup table of a device."""
 
     id: str
+    version: int
     entries: int
     networks: int
+    unsteady: int = Field(description="layers and networks whose median stayed uncertain")
+    stale: str | None = Field(description="why its numbers no longer hold")
+    drift: float | None = Field(description="by what share its canary layers took longer when measured again")
+    checked_at: float | None = Field(description="when that was")
     spaces: list[SpaceUse]
     fits: list[FitView]
 
@@ -127,6 +140,8 @@ class ProfileRequest(Model):
     mode: Literal["full", "sampled"] = "sampled"
     points: Annotated[int, Field(ge=3, le=31)] = measurements.SAMPLED
     """Widths per slot of a sampled profile; the rest is interpolated."""
+    again: bool = False
+    """Measure all of the device's profiles anew, for the next version of its table."""
 
     def space_arguments(self) -> dict[str, Any]:
         """Arguments of `get_space`."""
@@ -152,13 +167,13 @@ class ProfileView(BaseModel):
     fit: FitView | None
 
     @classmethod
-    def of(cls, one: Progress, fit: Fit | None) -> Self:
+    def of(cls, one: Progress, fit: FitView | None) -> Self:
         """As it is shown."""
         row = one.profile
         return cls(
             id=row.id, space=row.space["name"], space_key=row.space_key, mode=row.mode, points=row.points,
             planned=one.planned, done=one.done, failed=one.failed, waiting=one.waiting,
-            seconds_left=one.seconds_left, fit=FitView.of(row.space_key, fit) if fit else None,
+            seconds_left=one.seconds_left, fit=fit,
         )  # fmt: skip
 
 
@@ -202,6 +217,11 @@ class FitBody(Model):
     held_out: Annotated[int, Field(ge=0, le=2**31)]
     mean_error: Annotated[float, Field(ge=0, le=1e6)]
     max_error: Annotated[float, Field(ge=0, le=1e6)]
+    within_5: Share | None = None
+    within_10: Share | None = None
+    spearman: Annotated[float, Field(ge=-1.000001, le=1.000001)] | None = None
+    bias: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
+    noise_floor: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
 
 class TableBody(Model):
@@ -257,6 +277,8 @@ def profile(device: DevicePath, request: ProfileRequest, _caller: Submitter) -> 
     """Have the layers of a space measured; asking again gives what failed another chance."""
     with transaction() as session:
         row = devices.get(session, device)
+        if request.again:
+            measurements.measure_anew(session, row)
         wanted = measurements.request_profile(
             session, row, request.space_arguments(), request.mode, request.points
         )  # fmt: skip
@@ -303,7 +325,8 @@ def import_table(device: DevicePath, table: TableBody, _caller: Submitter, after
 def _show(session: Session, device: Device) -> DeviceView:
     counts = measurements.counts(session, device)
     fingerprint = measurements.current_fingerprint(session, device)
-    table = _table(session, device, device.table_id) if device.table_id else None
+    current = measurements.current_table(session, device)
+    table = _table(session, device, current) if current else None
     return DeviceView(
         name=device.name, description=device.description, created_at=device.created_at, beat_at=device.beat_at,
         alive=devices.alive(session, device),
@@ -313,11 +336,22 @@ def _show(session: Session, device: Device) -> DeviceView:
     )  # fmt: skip
 
 
-def _table(session: Session, device: Device, table_id: str) -> TableView:
-    entries, networks = measurements.size(session, table_id)
+def _table(session: Session, device: Device, table: LookupTable) -> TableView:
+    entries, networks = measurements.size(session, table.id)
     spaces = {one.profile.space_key: _use(one) for one in measurements.progress(session, device)}
-    fits = [FitView.of(key, fit) for key, fit in sorted(measurements.fits(session, table_id).items())]
-    return TableView(id=table_id, entries=entries, networks=networks, spaces=list(spaces.values()), fits=fits)
+    return TableView(
+        id=table.id, version=table.version, entries=entries, networks=networks,
+        unsteady=measurements.unsteady(session, table.id), stale=table.stale, drift=table.drift,
+        checked_at=table.checked_at, spaces=list(spaces.values()), fits=list(_fits(session, table).values()),
+    )  # fmt: skip
+
+
+def _fits(session: Session, table: LookupTable | None) -> dict[str, FitView]:
+    """Space key → fit of a table, by name."""
+    if table is None:
+        return {}
+    found = sorted(measurements.fits(session, table.id).items())
+    return {key: FitView.of(key, fit, judge(fit, table.stale, table.drift or 0.0)) for key, fit in found}
 
 
 def _use(one: Progress) -> SpaceUse:
@@ -329,5 +363,5 @@ def _use(one: Progress) -> SpaceUse:
 
 
 def _profiles(session: Session, device: Device) -> list[ProfileView]:
-    fits = measurements.fits(session, device.table_id) if device.table_id else {}
+    fits = _fits(session, measurements.current_table(session, device))
     return [ProfileView.of(one, fits.get(one.profile.space_key)) for one in measurements.progress(session, device)]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, BackgroundTasks
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -45,11 +45,14 @@ Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class LeaseRequest(Model):
-    """An agent asks for work; with `limit` 0 it only beats."""
+    """An agent asks for work; with `limit` 0 it only beats, and keeps the lease that it names in `renew`."""
 
     fingerprint: Annotated[Facts, Field(min_length=1, description="what the agent runs on")]
     agent: Annotated[Text, Field(max_length=100, description="the agent's version")]
     limit: Annotated[int, Field(ge=0, le=500)] = 32
+    connection: Annotated[Id | None, Field(description="the agent's process; a new one has the table checked")] = None
+    host: Annotated[Id | None, Field(description="its machine: one device of a host measures at a time")] = None
+    renew: Annotated[Id | None, Field(description="a lease that is still worked on")] = None
 
 
 class WorkItem(BaseModel):
@@ -75,7 +78,7 @@ class ResultBody(Model):
     """What became of one item: `seconds` and all that belongs to it, or an `error`."""
 
     work_id: Annotated[int, Field(ge=0, lt=2**63)]
-    kind: Literal["layer", "network"]
+    kind: WorkKind
     key: Annotated[Text, Field(min_length=1, max_length=200)]
     seconds: Seconds | None = None
     iqr: Spread = 0.0
@@ -95,7 +98,7 @@ class ResultBody(Model):
     def outcome(self) -> Outcome:
         """In the store's terms."""
         return Outcome(
-            self.work_id, WorkKind(self.kind), self.key, self.seconds or 0.0, self.iqr, self.steady, self.values,
+            self.work_id, self.kind, self.key, self.seconds or 0.0, self.iqr, self.steady, self.values,
             self.conditions, self.error,
         )  # fmt: skip
 
@@ -123,7 +126,12 @@ def lease(device: DevicePath, request: LeaseRequest, _agent: Agent, after: Backg
     """Give the agent work. New facts open a new lookup table; known ones bring theirs back."""
     seconds = get_settings().agent_lease_seconds
     with transaction() as session:
-        leased = agents.lease(session, devices.get(session, device), request.fingerprint, request.limit, seconds)
+        row = devices.get(session, device)
+        if request.renew is not None:
+            agents.renew(session, row, request.renew, seconds)
+        leased = agents.lease(
+            session, row, request.fingerprint, request.limit, seconds, connection=request.connection, host=request.host
+        )
     log.debug("agent %s of %s leased %d items", request.agent, device, len(leased.works))
     if leased.woken:
         after.add_task(broker.ring)

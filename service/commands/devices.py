@@ -114,6 +114,9 @@ def profile(
         int | None, typer.Option(min=3, max=31, help="Widths per slot; the rest is interpolated.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Measure every choice.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure all that the device's table holds anew, into a new table.")
+    ] = False,
     server: Server = None,
     key: Key = None,
     as_json: Json = False,
@@ -123,7 +126,8 @@ def profile(
         space=space, image_size=image_size, width=width, classes=classes, points=points, last_layer=last_layer
     )
     with connect(server, key) as client:
-        answer = client.profile(device, request | ({"mode": "full"} if full else {}))
+        more = ({"mode": "full"} if full else {}) | ({"again": True} if again else {})
+        answer = client.profile(device, request | more)
     tables.show_json(answer) if as_json else tables.show_facts(out, answer)
 
 

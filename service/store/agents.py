@@ -11,11 +11,22 @@ from typing import Any
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from latency_profiler.calibration import FITTED, HELD_OUT, calibration_networks, fit_networks
+from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks, fit_networks
 from latency_profiler.errors import SecateursError
 from latency_profiler.spaces.space import Space
-from service.store import devices, measurements, work
-from service.store.models import Device, LookupTable, Measurement, Profile, TableFit, Upload, Work, WorkKind, WorkState
+from service.store import canaries, devices, hosts, measurements, work
+from service.store.models import (
+    Device,
+    LookupTable,
+    Measurement,
+    Profile,
+    TableFit,
+    Upload,
+    Work,
+    WorkKind,
+    WorkState,
+    new_id,
+)
 
 
 class UploadConflict(SecateursError):
@@ -75,18 +86,40 @@ class Leased:
     woken: bool
 
 
-def lease(session: Session, device: Device, facts: dict[str, Any], limit: int, seconds: float) -> Leased:
+def lease(
+    session: Session,
+    device: Device,
+    facts: dict[str, Any],
+    limit: int,
+    seconds: float,
+    *,
+    connection: str | None = None,
+    host: str | None = None,
+) -> Leased:
     """Give an agent work for some seconds, after switching to the table of its fingerprint.
 
-    New facts of what the agent runs on open a new table; known ones bring their old table back.
+    New facts of what the agent runs on open a new table; known ones bring their old table back. A new `connection` (the
+    agent's process) has the table checked. While another device of the same `host` measures there is no work.
     """
     devices.beat(session, device)
     table_id = measurements.open_table(session, device, facts)
     woken = measurements.switch(session, device, table_id)
     measurements.plan(session, device)
+    canaries.watch(session, device, session.get_one(LookupTable, table_id), connection)
     woken |= _settle(session, device, work.give_up_lost(session, table_id))
+    if host is not None and limit > 0:
+        session.flush()
+        if not work.free(session, table_id) or not hosts.take(session, host, device, seconds):
+            return Leased(new_id(), table_id, (), woken)
     lease_id, works = work.lease(session, table_id, limit, seconds)
     return Leased(lease_id, table_id, works, woken)
+
+
+def renew(session: Session, device: Device, lease_id: str, seconds: float) -> None:
+    """Let an agent that still measures keep its work, and its host, for some more seconds."""
+    devices.beat(session, device)
+    work.renew(session, device.table_id, lease_id, seconds)
+    hosts.renew(session, device, seconds)
 
 
 def record(session: Session, device: Device, batch: Batch) -> tuple[dict[str, int], bool]:
@@ -112,6 +145,7 @@ def record(session: Session, device: Device, batch: Batch) -> tuple[dict[str, in
     fingerprint = measurements.current_fingerprint(session, device)
     if table is None or fingerprint is None or fingerprint.sha256 != batch.fingerprint:
         raise FingerprintMismatch(device.name, batch.fingerprint, fingerprint.sha256 if fingerprint else None)
+    hosts.release(session, device)
     response, touched = _take(session, table, batch)
     session.add(Upload(device_id=device.id, upload_id=batch.upload_id, body_sha=sha, response=response))
     session.flush()
@@ -156,9 +190,16 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
     networks = work.open_keys(session, device.table_id, WorkKind.NETWORK)
     ready = any(map(work.for_job, touched)) and not any(map(work.for_job, networks))
     for profile in measurements.profiles(session, device):
+        space = work.profile_space(profile)
+        repeated = work.repeated_keys(space)
         if _complete(session, profile, device.table_id, touched, networks):
-            _fit(session, device, work.profile_space(profile))
+            _fit(session, device, space)
+            work.plan_repeats(session, device.table_id, space)
             ready = True
+        elif touched & repeated and not networks & repeated:
+            _fit(session, device, space)
+    if any(map(work.is_canary, touched)):
+        canaries.settle(session, session.get_one(LookupTable, device.table_id))
     return ready and measurements.wake(session)
 
 
@@ -173,11 +214,15 @@ def _complete(session: Session, profile: Profile, table_id: str, touched: set[st
 def _fit(session: Session, device: Device, space: Space) -> None:
     """Fit a space's overhead and slope from the networks of the current table; a table without a line keeps none."""
     table = measurements.load_table(session, device.name)
-    pairs: dict[str, list[tuple[float, float]]] = {FITTED: [], HELD_OUT: []}
+    pairs: dict[str, list[tuple[float, float]]] = {FITTED: [], HELD_OUT: [], REPEATED: []}
     for channels, purpose in calibration_networks(space):
         seconds = measurements.measured_network(session, device, work.network_key(space, channels, purpose))
-        if seconds is not None and not table.missing(space.layers(channels)):
-            total = sum(price.seconds for price in table.price(space, channels).layers)
-            pairs[purpose].append((total, seconds))
-    if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT])) is not None:
+        if seconds is None or table.missing(space.layers(channels)):
+            continue
+        total = sum(price.seconds for price in table.price(space, channels).layers)
+        pairs[purpose].append((total, seconds))
+        again = measurements.measured_network(session, device, work.network_key(space, channels, REPEATED))
+        if purpose == HELD_OUT and again is not None:
+            pairs[REPEATED].append((seconds, again))
+    if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT], pairs[REPEATED])) is not None:
         session.merge(TableFit(table_id=device.table_id, space_key=space.key, **asdict(fit)))

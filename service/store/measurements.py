@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
+from latency_profiler.calibration import Verdict, judge
 from latency_profiler.errors import MeasurementFailed
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
@@ -135,6 +136,12 @@ def size(session: Session, table_id: str) -> tuple[int, int]:
     return found.get(WorkKind.LAYER, 0), found.get(WorkKind.NETWORK, 0)
 
 
+def unsteady(session: Session, table_id: str) -> int:
+    """How many layers and networks of a table have an uncertain median."""
+    query = select(func.count()).where(Measurement.table_id == table_id, Measurement.steady.is_(False))
+    return session.scalars(query).one()
+
+
 def current_table(session: Session, device: Device) -> LookupTable | None:
     """The table of the fingerprint that the device's agent presented last."""
     return session.get(LookupTable, device.table_id) if device.table_id else None
@@ -163,10 +170,16 @@ def load_table(session: Session, device_name: str) -> LatencyTable:
 def fits(session: Session, table_id: str) -> dict[str, Fit]:
     """Space key → fit of a table."""
     rows = session.scalars(select(TableFit).where(TableFit.table_id == table_id))
-    return {
-        row.space_key: Fit(row.overhead, row.slope, row.fitted_on, row.held_out, row.mean_error, row.max_error)
-        for row in rows
-    }  # fmt: skip
+    names = Fit.__dataclass_fields__
+    return {row.space_key: Fit(**{name: getattr(row, name) for name in names}) for row in rows}
+
+
+def verdict(session: Session, device: Device, space_key: str) -> Verdict:
+    """How far the current table's prices of a space are to be trusted."""
+    table = current_table(session, device)
+    if table is None:
+        return judge(None)
+    return judge(fits(session, table.id).get(space_key), table.stale, table.drift or 0.0)
 
 
 def coverage(session: Session, device: Device, space: Space, points: int | None) -> list[str]:
@@ -251,7 +264,28 @@ def open_table(session: Session, device: Device, facts: dict[str, Any]) -> str:
         session.flush()
         session.add(LookupTable(device_id=device.id, fingerprint_id=fingerprint.id))
     query = select(LookupTable.id).filter_by(device_id=device.id, fingerprint_id=fingerprint.id)
-    return session.scalars(query).one()
+    return session.scalars(query.order_by(LookupTable.version.desc()).limit(1)).one()
+
+
+def measure_anew(session: Session, device: Device) -> bool:
+    """Open the next version of the current table: all of the device's profiles are measured again for it.
+
+    Jobs that have begun keep the table that they hold; the old one stays stored. Nothing happens while no agent has
+    come, or nothing is measured yet.
+
+    Returns:
+        Whether there is a new table.
+    """
+    devices.lock(session, device)
+    if (table_id := _measured_table(session, device)) is None or size(session, table_id) == (0, 0):
+        return False
+    old = session.get_one(LookupTable, table_id)
+    new = LookupTable(device_id=device.id, fingerprint_id=old.fingerprint_id, version=old.version + 1)
+    session.add(new)
+    session.flush()
+    switch(session, device, new.id)
+    old.stale = "it was measured anew"
+    return True
 
 
 def switch(session: Session, device: Device, table_id: str) -> bool:
@@ -260,9 +294,19 @@ def switch(session: Session, device: Device, table_id: str) -> bool:
         return False
     if device.table_id is not None:
         work.carry_over(session, device.table_id, table_id)
+        _retire(session, device.table_id, table_id)
     device.table_id = table_id
     plan(session, device)
     return wake(session)
+
+
+def _retire(session: Session, old_id: str, new_id: str) -> None:
+    """Say of a table why another one is current; one that comes back is checked by its agent's connection."""
+    old, new = session.get_one(LookupTable, old_id), session.get_one(LookupTable, new_id)
+    was, now_is = (session.get_one(Fingerprint, table.fingerprint_id).facts for table in (old, new))
+    changed = [name for name in sorted({*was, *now_is}) if was.get(name) != now_is.get(name)]
+    old.stale = f"the agent runs on something else now: another {', '.join(changed)}"[:1000]
+    new.stale, new.drift = None, None
 
 
 def plan(session: Session, device: Device) -> None:

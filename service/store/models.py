@@ -94,6 +94,8 @@ class WorkKind(StrEnum):
 
     LAYER = "layer"
     NETWORK = "network"
+    CANARY = "canary"
+    """A layer of the table once more, to see whether the device is still what it was."""
 
 
 class Role(StrEnum):
@@ -152,6 +154,22 @@ class Device(Base):
     """The table of the fingerprint that the agent presented last (no foreign key: tables refer to devices)."""
     created_at: Mapped[float] = mapped_column(default=now())
     beat_at: Mapped[float | None]
+    connection: Mapped[str | None] = mapped_column(String(64))
+    """The process of the agent that was heard last, as it calls itself."""
+
+
+class Host(Base):
+    """A machine that measures: one device at a time does."""
+
+    __tablename__ = "hosts"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """As its agents call it (`latency_profiler.device.host`)."""
+    device_id: Mapped[str | None] = mapped_column(ForeignKey("devices.id", ondelete="SET NULL"))
+    """Who measures, until `lease_until`."""
+    lease_until: Mapped[float] = mapped_column(default=0.0)
+    wanted_by: Mapped[str | None] = mapped_column(String(32))
+    """The device that was sent away, whose turn it is next if it still asks before `wanted_until`."""
+    wanted_until: Mapped[float] = mapped_column(default=0.0)
 
 
 class Fingerprint(Base):
@@ -167,13 +185,25 @@ class Fingerprint(Base):
 
 
 class LookupTable(Base):
-    """The measurements of one device under one fingerprint."""
+    """The measurements of one device under one fingerprint; measuring anew makes the next version."""
 
     __tablename__ = "lookup_tables"
-    __table_args__ = (UniqueConstraint("id", "fingerprint_id"), UniqueConstraint("device_id", "fingerprint_id"))
+    __table_args__ = (
+        UniqueConstraint("id", "fingerprint_id"),
+        UniqueConstraint("device_id", "fingerprint_id", "version"),
+    )
     id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_id)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"))
     fingerprint_id: Mapped[str] = mapped_column(ForeignKey("fingerprints.id", ondelete="CASCADE"))
+    version: Mapped[int] = mapped_column(default=1)
+    checks: Mapped[int] = mapped_column(default=0)
+    """How often its canaries were measured again, or are to be."""
+    checked_at: Mapped[float | None]
+    """When the last such check ended."""
+    drift: Mapped[float | None]
+    """By what share the canaries took longer then."""
+    stale: Mapped[str | None] = mapped_column(Text)
+    """Why its numbers no longer hold."""
     created_at: Mapped[float] = mapped_column(default=now())
 
 
@@ -189,6 +219,11 @@ class TableFit(Base):
     held_out: Mapped[int]
     mean_error: Mapped[float]
     max_error: Mapped[float]
+    within_5: Mapped[float | None]
+    within_10: Mapped[float | None]
+    spearman: Mapped[float | None]
+    bias: Mapped[float | None]
+    noise_floor: Mapped[float | None]
     created_at: Mapped[float] = mapped_column(default=now())
 
 

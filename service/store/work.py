@@ -1,7 +1,7 @@
 """Measuring work: planned once per table, leased to agents, done or failed.
 
 Layers are measured before the whole networks of their profile, and a profile before those that were asked for later;
-networks that a job waits for go before all of them.
+networks that a job waits for go before all of them, and those that are measured only to know the noise come last.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from latency_profiler.calibration import FITTED, HELD_OUT, calibration_networks
+from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks
 from latency_profiler.lookup_table import plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -21,6 +21,8 @@ from service.store.models import Measurement, Profile, Work, WorkKind, WorkState
 
 MOST_LEASES = 3
 """Work that was leased so often and never answered has failed: it may kill the agent."""
+LAST = 1_000_000
+"""Priority of what nobody waits for."""
 OPEN = (WorkState.WAITING, WorkState.LEASED)
 
 
@@ -67,7 +69,23 @@ def profile_space(profile: Profile) -> Space:
 
 def for_job(key: str) -> bool:
     """Whether a key is that of a network that a job waits for, and no layer or calibration network."""
-    return "|" in key and key.rpartition("|")[2] not in (FITTED, HELD_OUT)
+    return "|" in key and key.rpartition("|")[2] not in (FITTED, HELD_OUT, REPEATED)
+
+
+def is_canary(key: str) -> bool:
+    """Whether a key is that of a layer that is measured again."""
+    return "@" in key and "|" not in key
+
+
+@lru_cache(maxsize=64)
+def repeated_keys(space: Space) -> frozenset[str]:
+    """Keys of the held-out networks of a space when they are measured once more."""
+    return frozenset(item.key for item in _repeats(space))
+
+
+def _repeats(space: Space) -> list[Item]:
+    held_out = [channels for channels, purpose in calibration_networks(space) if purpose == HELD_OUT]
+    return [network_item(space, channels, REPEATED) for channels in held_out]
 
 
 def plan_profile(session: Session, profile: Profile, table_id: str) -> None:
@@ -81,6 +99,11 @@ def plan_profile(session: Session, profile: Profile, table_id: str) -> None:
     add(session, table_id, [item for item in items if item.kind is WorkKind.LAYER], priority)
     add(session, table_id, [item for item in items if item.kind is WorkKind.NETWORK], priority + 1)
     profile.planned_table_id = table_id
+
+
+def plan_repeats(session: Session, table_id: str, space: Space) -> None:
+    """Plan the held-out networks of a space once more: only when all else is there, so that minutes lie between."""
+    add(session, table_id, _repeats(space), LAST)
 
 
 def add(session: Session, table_id: str, items: Iterable[Item], priority: int) -> None:
@@ -118,11 +141,7 @@ def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[
 
     Work whose lease ran out is given away again; its late result is still taken if it comes first.
     """
-    free = or_(
-        Work.state == WorkState.WAITING,
-        (Work.state == WorkState.LEASED) & (Work.lease_until < now()),
-    )  # fmt: skip
-    query = select(Work).where(Work.table_id == table_id, free).order_by(Work.priority, Work.id).limit(limit)
+    query = select(Work).where(Work.table_id == table_id, _free()).order_by(Work.priority, Work.id).limit(limit)
     works = session.scalars(query).all()
     lease_id, until = new_id(), session.scalars(select(now())).one() + seconds
     for work in works:
@@ -130,6 +149,25 @@ def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[
         work.attempts += 1
     session.flush()
     return lease_id, works
+
+
+def free(session: Session, table_id: str) -> bool:
+    """Whether there is work that `lease` would give."""
+    return session.scalar(select(Work.id).where(Work.table_id == table_id, _free()).limit(1)) is not None
+
+
+def renew(session: Session, table_id: str | None, lease_id: str, seconds: float) -> None:
+    """Keep a lease's work for some more seconds; what was given away or answered meanwhile stays as it is."""
+    session.execute(
+        update(Work)
+        .where(Work.table_id == table_id, Work.lease_id == lease_id, Work.state == WorkState.LEASED)
+        .values(lease_until=now() + seconds),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def _free() -> ColumnElement[bool]:
+    return or_(Work.state == WorkState.WAITING, and_(Work.state == WorkState.LEASED, Work.lease_until < now()))
 
 
 def open_keys(session: Session, table_id: str, kind: WorkKind | None = None) -> set[str]:

@@ -93,6 +93,13 @@ def test_one_disturbance_costs_no_median() -> None:
         assert max(one.timing().values) == 1.0
 
 
+def test_outliers_are_kept_and_marked() -> None:
+    machine = Machine([2e-3] * 4 + [1.0] + [2.001e-3] * 2 + [2e-3] * 100)
+    timing = measure(machine.stopwatch, Effort(least=9, most=9))
+    assert [timing.values[at] for at in timing.outliers] == [1.0]
+    assert timing.median == pytest.approx(2e-3, rel=1e-3)
+
+
 def test_interleaved_subjects_take_turns() -> None:
     order: list[int] = []
 

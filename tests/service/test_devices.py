@@ -99,7 +99,7 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
     after = client.get("/v1/devices/bench").json()
     assert after["alive"]
     assert after["fingerprint"] == {"sha256": canonical_sha(FACTS), "facts": FACTS}
-    assert (after["measured"], after["waiting"], after["leased"], after["failed"]) == (count, 0, 0, 0)
+    assert (after["measured"], after["waiting"], after["leased"], after["failed"]) == (count, 8, 0, 0)
     table = after["table"]
     assert (table["entries"], table["networks"]) == (count - 16, 16)
     every = len(plan_layers(SPACE))
@@ -110,7 +110,32 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
     assert table["fits"][0]["held_out"] == 8
     done = client.get("/v1/devices/bench/profiles").json()["items"][0]
     assert (done["done"], done["waiting"], done["fit"]["space_key"]) == (count, 0, SPACE.key)
+    assert (done["fit"]["trust"], done["fit"]["reason"], done["fit"]["noise_floor"]) == ("trusted", None, None)
+    again = [result(item) for item in lease(client, agent).json()["items"]]
+    assert {item["key"].rpartition("|")[2] for item in again} == {"repeated"}, "what only tells the noise comes last"
+    assert upload(client, agent, again, "u3").json()["stored"] == 8
+    fit = client.get("/v1/devices/bench").json()["table"]["fits"][0]
+    assert {name: fit[name] for name in ("within_5", "within_10", "spearman", "noise_floor")} == pytest.approx(
+        {"within_5": 1, "within_10": 1, "spearman": 1, "noise_floor": 0}
+    )
     assert lease(client, agent).json()["items"] == []
+
+
+def test_an_agents_connection_has_the_table_checked(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE)
+    upload(client, agent, [result(item) for item in lease(client, agent).json()["items"]])
+    body = {"fingerprint": FACTS, "agent": "0.1", "limit": 7, "connection": "b", "host": "h"}
+    items = client.post("/v1/devices/bench/leases", json=body, headers=agent).json()
+    assert [item["kind"] for item in items["items"]] == ["canary"] * 7
+    beat = body | {"limit": 0, "renew": items["lease_id"]}
+    assert client.post("/v1/devices/bench/leases", json=beat, headers=agent).json()["items"] == []
+    assert upload(client, agent, [result(item) for item in items["items"]], "u2").json()["stored"] == 7
+    table = client.get("/v1/devices/bench").json()["table"]
+    assert (table["drift"], table["stale"], table["version"]) == (0, None, 1)
+    assert table["checked_at"] is not None
+    assert client.post("/v1/devices/bench/profiles", json=PROFILE | {"again": True}).json()["done"] == 0
+    assert client.get("/v1/devices/bench").json()["table"]["version"] == 2
 
 
 def test_a_failed_layer_is_shown_and_tried_again_when_a_user_asks(client: TestClient) -> None:

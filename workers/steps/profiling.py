@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from latency_profiler.calibration import Verdict
 from latency_profiler.cost import flops
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import LatencyTable
 from service.store import blobs, devices, jobs, measurements, work
 from service.store.candidates import space_arguments
 from service.store.models import Job, JobState
@@ -21,8 +21,6 @@ from workers.checkpoints import write_blob
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
-MOST_MARGIN = 0.1
-"""A table with a larger error is corrected by measuring the winner; a wider distance would only waste budget."""
 POINTS = 6
 """Widths per slot that are measured when a job has to ask for the profile itself."""
 
@@ -43,6 +41,10 @@ def step(context: Context, job: Job) -> Outcome:
     with transaction() as session:
         waiting = [name for name in context.constrained_devices if not _ready(session, context, name)]
         tables = {name: measurements.load_table(session, name) for name in context.devices}
+        verdicts = {
+            name: measurements.verdict(session, devices.get(session, name), context.space.key)
+            for name in context.devices
+        }
         waited = jobs.phase_seconds(session, job.id).get(JobState.PROFILING, 0.0)
     if waiting:
         if waited > context.settings.profile_seconds:
@@ -52,9 +54,11 @@ def step(context: Context, job: Job) -> Outcome:
 
     pinned = {name: write_blob(context.settings.blobs, json.dumps(table.to_json(), sort_keys=True).encode())
               for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
-    margins = {name: _margin(tables[name], context) for name in pinned}
+    margins = {name: verdicts[name].margin for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
-    budget, warnings = _budget(context, job, memory)
+    budget, shortage = _budget(context, job, memory)
+    warnings = [_doubt(name, verdicts[name]) for name in context.constrained_devices if verdicts[name].reason]
+    warnings += shortage
     memory["flops"] = flops(context.space.layers(budget.uniform()))
     if context.spec.objective == "front":
         [bound] = budget.constraints
@@ -100,7 +104,9 @@ def _ends(context: Context) -> list[Layer]:
     return [layer for end in (space.smallest, space.largest) for layer in space.layers(space.channels(end))]
 
 
-def _margin(table: LatencyTable, context: Context) -> float:
-    """The table's mean error on networks that it was not fitted to: kept as a distance from the budget."""
-    fit = table.fits.get(context.space.key)
-    return min(MOST_MARGIN, fit.mean_error) if fit else 0.0
+def _doubt(name: str, verdict: Verdict) -> str:
+    """What a user should know of a table before the latencies of a job are believed."""
+    return (
+        f"{name}'s lookup table is {verdict.trust}: {verdict.reason}; "
+        f"the search keeps {verdict.margin:.1%} of the budget free"
+    )

@@ -1,0 +1,183 @@
+"""Measuring in a process of its own, one process of a machine at a time.
+
+Runtimes are native code: some layer may hang or crash one. Then its process is killed, and what it was measuring is a
+failed measurement instead of a dead agent. The process opens the runtime once, then takes groups of work as JSON.
+"""
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+from latency_profiler.errors import MeasurementFailed
+from latency_profiler.measuring import failure, measure_group
+from latency_profiler.runtimes.base import Settings, open_runtime
+
+Json = dict[str, Any]
+PATIENCE = 300.0
+"""Seconds for a group, its loading included: compilers take minutes, and nothing that is measured takes so long."""
+LOOK_SECONDS = 1.0
+"""How often somebody who waits looks around."""
+PR_SET_PDEATHSIG = 1
+log = logging.getLogger("secateurs.agent")
+
+
+class Bench:
+    """A process that measures with one runtime; it is started when it is needed, and anew when it was lost.
+
+    Args:
+        runtime: its name.
+        settings: how it computes.
+        patience: seconds after which a group hangs.
+        waiting: called about every second while something is measured.
+    """
+
+    def __init__(
+        self,
+        runtime: str,
+        settings: Settings,
+        patience: float = PATIENCE,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._runtime, self._settings, self._patience, self.waiting = runtime, settings, patience, waiting
+        self._process: subprocess.Popen[bytes] | None = None
+        self._line: Connection | None = None
+
+    def measure(self, items: Sequence[Json], seed: int) -> list[Json]:
+        """Results of a group. If the process is lost over it, each item is tried alone: the guilty one has failed."""
+        try:
+            return self._ask({"items": list(items), "seed": seed})
+        except MeasurementFailed as error:
+            log.warning("%s while it measured %s", error, ", ".join(str(item["key"]) for item in items))
+            if len(items) == 1:
+                return [failure(items[0], str(error))]
+        return [result for item in items for result in self.measure([item], seed)]
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._line is not None:
+            self._line.close()
+        self._process = self._line = None
+
+    def _ask(self, task: Json) -> list[Json]:
+        line = self._open()
+        try:
+            line.send_bytes(json.dumps(task).encode())
+            deadline = time.monotonic() + self._patience
+            while not line.poll(LOOK_SECONDS):
+                if time.monotonic() > deadline:
+                    self.close()
+                    raise MeasurementFailed(f"the measuring process hung for {self._patience:g} s and was killed")
+                self.waiting()
+            results: list[Json] = json.loads(line.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise MeasurementFailed(f"the measuring process {self._end()}") from error
+        return results
+
+    def _open(self) -> Connection:
+        if self._line is None:
+            self._line, theirs = Pipe()
+            about = [self._runtime, json.dumps(asdict(self._settings))]
+            command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *about]
+            with theirs:
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
+                )
+        return self._line
+
+    def _end(self) -> str:
+        """How the process ended, which has hung up."""
+        code = None
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(LOOK_SECONDS)
+        self.close()
+        if code is not None and code < 0:
+            return f"died of {signal.Signals(-code).name}"
+        return f"ended with status {code}"
+
+
+class Turn:
+    """A file that one agent of this machine holds while it measures, whichever services they belong to.
+
+    The system takes the lock away from a process that dies. Where the file cannot be opened there is no lock.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._handle = _open_shared(file or Path(tempfile.gettempdir()) / "secateurs-measuring.lock")
+
+    def take(self) -> bool:
+        """Whether it is this agent's turn now."""
+        if self._handle is None:
+            return True
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def give_back(self) -> None:
+        """Let others measure."""
+        if self._handle is not None:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give back, and forget the file."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _open_shared(file: Path) -> int | None:
+    """A file that every user may lock; a link is not followed."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with suppress(FileNotFoundError):  # first: in a shared folder, another user's file must not be "created"
+            return os.open(file, flags)
+        handle = os.open(file, flags | os.O_CREAT, 0o666)
+        with suppress(OSError):
+            os.fchmod(handle, 0o666)
+        return handle
+    except OSError as error:
+        log.warning("agents of other services on this machine are not waited for: %s", error)
+        return None
+
+
+def _serve(line: Connection, runtime: str, settings: Settings) -> None:
+    """Measure group after group until the agent hangs up."""
+    opened = open_runtime(runtime, settings)
+    while True:
+        try:
+            task = json.loads(line.recv_bytes())
+            line.send_bytes(json.dumps(measure_group(opened, task["items"], task["seed"])).encode())
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The process: handle of its line, id of the agent's process, runtime, settings."""
+    handle, parent, runtime, settings = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which ends this process
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == int(parent):  # else it died before the kernel was told
+        _serve(Connection(int(handle)), runtime, Settings(**json.loads(settings)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
