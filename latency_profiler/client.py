@@ -125,6 +125,15 @@ class Client:
         """Import a table."""
         return self._wire.json("PUT", path("devices", device, "lookup-table"), json=table)
 
+    def put_foreign_table(self, device: str, source: str, table: Json) -> Json:
+        """Import a table in the format of ProxylessNAS."""
+        body = {"source": source, "table": table}
+        return self._wire.json("PUT", path("devices", device, "lookup-table", "proxylessnas"), json=body)
+
+    def table_survey(self, device: str) -> Json:
+        """The slowest layers of a table, the cost of a multiply-add by operator, and the widths that it covers."""
+        return self._wire.json("GET", path("devices", device, "lookup-table", "survey"))
+
     # Datasets
 
     def datasets(self, limit: int = 200, cursor: str | None = None) -> Json:

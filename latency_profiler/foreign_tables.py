@@ -69,16 +69,16 @@ def read_foreign(device: str, source: str, data: Mapping[str, Any]) -> Foreign:
 
 
 def _entry(key: str, value: Any) -> Entry:
-    layer = _layer(key)
-    if not isinstance(value, Mapping) or not _within(mean := value.get("mean"), MOST_MS):
-        raise _Skipped("its mean is no number of milliseconds")
-    if not _within(count := value.get("count", 1), MOST_COUNT):
-        raise _Skipped("its count is no number of measurements")
+    layer, facts = _layer(key), value if isinstance(value, Mapping) else {}
+    mean = _number(facts.get("mean"), MOST_MS, "its mean is no number of milliseconds")
+    count = _number(facts.get("count", 1), MOST_COUNT, "its count is no number of measurements")
     return Entry(layer, mean / 1000, count=max(1, int(count)))
 
 
-def _within(value: Any, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < most
+def _number(value: Any, most: float, reason: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
+        raise _Skipped(reason)
+    return value
 
 
 def _layer(key: str) -> Layer:

@@ -7,6 +7,7 @@ extrapolated. All times are seconds.
 """
 
 import csv
+import hashlib
 import io
 import math
 from bisect import bisect_left
@@ -26,6 +27,7 @@ from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit, width_of
 
 Floats = npt.NDArray[np.float64]
 Cell = tuple[int, int]
+Matrix = tuple[Ints, Ints, Floats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,11 @@ class _Family:
         self.points[entry.layer.c_in, entry.layer.c_out] = entry.seconds
         self._rows[entry.layer.c_in].add(entry.layer.c_out)
         self._forget()
+
+    def price(self, c_in: int, c_out: int) -> float | None:
+        """Seconds at a point, measured where it was; None outside of what was measured."""
+        measured = self.points.get((c_in, c_out))
+        return self.interpolate(c_in, c_out) if measured is None else measured
 
     def interpolate(self, c_in: int, c_out: int) -> float | None:
         """Seconds inside the smallest measured cell around a point; None outside of all cells.
@@ -275,11 +282,32 @@ class LatencyModel:
 
     Every layer depends on two slots at most, so each unit becomes a matrix over the widths of those slots. Letters: n
     structures, s slots.
+
+    Raises:
+        MissingLatencies: the table lacks a layer that some structure has.
     """
 
     def __init__(self, table: LatencyTable, space: Space) -> None:
         self._overhead, self._slope = table._fit(space)
-        self._units = [(unit.source, unit.target, _matrix(table, unit)) for unit in space.units]
+        self._slots = space.slots
+        matrices: dict[tuple[str, Slot, Slot], Matrix] = {}
+        for unit in space.units:
+            if (kind := _kind(unit)) not in matrices:
+                matrices[kind] = _matrix(table, unit)
+        self._units = [(unit.source, unit.target, matrices[_kind(unit)]) for unit in space.units]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the prices: models with equal ones price every structure of the grid alike."""
+        digest = hashlib.sha256(np.array([self._overhead, self._slope]).tobytes())
+        for _, _, (_, _, seconds) in self._units:
+            digest.update(seconds.tobytes())
+        return digest.hexdigest()[:32]
+
+    def knows(self, channels: Ints) -> npt.NDArray[np.bool_]:
+        """Which (n,) of channels (n, s) have only widths that are choices of the space."""
+        known = [np.isin(channels[:, slot.index], _slot_widths(slot)) for slot in self._slots]
+        return np.all(known, axis=0)  # type: ignore[no-any-return]
 
     def seconds(self, channels: Ints) -> Floats:
         """Latencies (n,) of channels (n, s), whose widths must be choices of the space."""
@@ -326,13 +354,22 @@ def _unit_layer(unit: Unit, c_in: int, c_out: int) -> Layer:
     return replace(unit, source=source, target=target).layer(())
 
 
-def _matrix(table: LatencyTable, unit: Unit) -> tuple[Ints, Ints, Floats]:
+def _kind(unit: Unit) -> tuple[str, Slot, Slot]:
+    """What a unit's matrix depends on: repeated blocks share theirs."""
+    return f"{unit.features}*{_unit_layer(unit, 1, 1).family}", unit.source, unit.target
+
+
+def _matrix(table: LatencyTable, unit: Unit) -> Matrix:
     """Row of each source width, column of each target width, and the seconds at (row, column)."""
     sources, targets = _slot_widths(unit.source), _slot_widths(unit.target)
+    family = table._families.get(_unit_layer(unit, 1, 1).family)
     seconds = np.full((len(sources), len(targets)), np.nan)
     for (i, c_in), (j, c_out) in product(enumerate(sources), enumerate(targets)):
         if unit.source is not unit.target or i == j:
-            seconds[i, j] = table.layer(_unit_layer(unit, c_in, c_out)).seconds
+            price = family and family.price(unit.features * c_in, c_out)
+            if price is None:
+                raise MissingLatencies([_unit_layer(unit, c_in, c_out).key])
+            seconds[i, j] = price
     return _positions(sources), _positions(targets), seconds
 
 

@@ -1,23 +1,26 @@
-"""`python -m service.reconciler`: rings for jobs that wait for a worker, and sweeps what has expired.
+"""`python -m service.reconciler`: rings for jobs that wait, sweeps what has expired, prices structures for new tables.
 
-It repairs whatever a lost message, a dead worker or a restarted broker left behind. Every action is one guarded
-statement, so that any number of copies may run.
+It repairs whatever a lost message, a dead worker or a restarted broker left behind. Every action is guarded or can be
+repeated, so that any number of copies may run.
 """
 
 import logging
 import signal
 import threading
+import time
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service import broker
 from service.settings import get_settings
-from service.store import idempotency, jobs
+from service.store import idempotency, jobs, repricing
 from service.store.session import snapshot, transaction
 
 log = logging.getLogger(__name__)
 MOST_RINGS = 16
+PRICING_SECONDS = 5.0
+"""Time for pricing in each round: enough to read a table and have time left to use it."""
 
 
 def reconcile() -> int:
@@ -29,20 +32,39 @@ def reconcile() -> int:
     return waiting
 
 
+def reprice(seconds: float, stop: threading.Event) -> bool:
+    """Price what is due, a chunk per transaction, for so long or until told to stop; True when nothing is left."""
+    until = time.monotonic() + seconds
+    with snapshot() as session:
+        due = repricing.due(session)
+    for one in due:
+        with snapshot() as session:
+            walk = repricing.Walk(session, one)
+        more = True
+        while more:
+            if stop.is_set() or time.monotonic() > until:
+                return False
+            with transaction() as session:
+                more = walk.step(session)
+    return True
+
+
 def main() -> None:
     """Until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    period = get_settings().reconcile_seconds
-    while not stop.wait(period):
+    period, done = get_settings().reconcile_seconds, True
+    while not stop.wait(period if done else 0.0):
         try:
             reconcile()
             with transaction() as session:
                 idempotency.sweep(session)
+            done = reprice(max(period, PRICING_SECONDS), stop)
         except (OperationalError, PoolTimeout) as error:
             log.warning("the database did not answer: %s", error)
+            done = True
 
 
 if __name__ == "__main__":

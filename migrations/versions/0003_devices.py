@@ -40,10 +40,35 @@ def upgrade() -> None:
     with op.batch_alter_table("table_fits", schema=None) as batch_op:
         for name in FIT_COLUMNS:
             batch_op.add_column(sa.Column(name, sa.Double(), nullable=True))
+    op.create_table(
+        "pricings",
+        sa.Column("device_id", sa.String(length=32), nullable=False),
+        sa.Column("space_key", sa.String(length=100), nullable=False),
+        sa.Column("source", sa.String(length=200), nullable=False),
+        sa.Column("prices", sa.String(length=32), nullable=True),
+        sa.Column("structures", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["device_id"], ["devices.id"], name=op.f("fk_pricings_device_id_devices"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("device_id", "space_key", name=op.f("pk_pricings")),
+    )
+    with op.batch_alter_table("structures", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_structures_space_key"))
+        batch_op.create_index(batch_op.f("ix_structures_space_key_id"), ["space_key", "id"], unique=False)
+    with op.batch_alter_table("structure_latencies", schema=None) as batch_op:
+        batch_op.drop_column("table_id")
+        batch_op.add_column(sa.Column("prices", sa.String(length=32), nullable=True))
 
 
 def downgrade() -> None:
     """Back to the revision before; of a fingerprint's tables, only the first version can stay."""
+    with op.batch_alter_table("structure_latencies", schema=None) as batch_op:
+        batch_op.drop_column("prices")
+        batch_op.add_column(sa.Column("table_id", sa.String(length=32), nullable=False, server_default=sa.text("''")))
+    with op.batch_alter_table("structures", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_structures_space_key_id"))
+        batch_op.create_index(batch_op.f("ix_structures_space_key"), ["space_key"], unique=False)
+    op.drop_table("pricings")
     later = "SELECT id FROM lookup_tables WHERE version > 1"
     op.execute(f"UPDATE devices SET table_id = NULL WHERE table_id IN ({later})")
     for name in ("measurements", "work", "table_fits"):

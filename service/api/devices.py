@@ -9,14 +9,16 @@ from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import Trust, Verdict, judge
+from latency_profiler.foreign_tables import read_foreign
 from latency_profiler.layers import Activation, Op
 from latency_profiler.lookup_table import Fit, LatencyTable
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
+from latency_profiler.survey import Survey, survey
 from service import broker
 from service.api.auth import Reader, Submitter
 from service.api.problems import responses
 from service.specs import Model, Name
-from service.store import devices, measurements, work
+from service.store import devices, measurements, repricing, work
 from service.store.measurements import Progress
 from service.store.models import Device, LookupTable, WorkState
 from service.store.session import snapshot, transaction
@@ -98,6 +100,14 @@ class TableView(BaseModel):
     fits: list[FitView]
 
 
+class PricingView(BaseModel):
+    """How many structures of a space were found, and how many have their latency from the device's current table."""
+
+    space_key: str
+    structures: int
+    priced: int
+
+
 class DeviceView(BaseModel):
     """A device; `fingerprint` and `table` are null until its agent has come."""
 
@@ -112,6 +122,7 @@ class DeviceView(BaseModel):
     leased: int
     failed: int
     table: TableView | None
+    pricing: list[PricingView]
 
 
 class DeviceList(BaseModel):
@@ -240,6 +251,21 @@ class Imported(BaseModel):
     current: bool = Field(description="false where the device's own agent has opened a table: that one is used")
 
 
+class ForeignBody(Model):
+    """A table in the public format of ProxylessNAS and Once-for-all; all times are milliseconds."""
+
+    source: Annotated[Text, Field(min_length=1, max_length=100)]
+    """Where it is from: importing the same again changes nothing."""
+    table: Annotated[dict[Text, Any], Field(max_length=100_000)]
+    """Key → `{"mean", "count"}`."""
+
+
+class ForeignImported(Imported):
+    """What became of another project's table."""
+
+    skipped: dict[str, str] = Field(description="key → why it is no layer here")
+
+
 @router.post("", status_code=201, responses=responses(409))
 def register(request: DeviceRequest, _caller: Submitter) -> NewDevice:
     """Register a device; its agent's token is in this answer and nowhere else."""
@@ -322,6 +348,26 @@ def import_table(device: DevicePath, table: TableBody, _caller: Submitter, after
     return Imported(stored=stored, current=current)
 
 
+@router.put("/{device}/lookup-table/proxylessnas", responses=responses(404, 413), max_body_size=LARGEST_TABLE)
+def import_foreign_table(
+    device: DevicePath, request: ForeignBody, _caller: Submitter, after: BackgroundTasks
+) -> ForeignImported:
+    """Import what is one layer here of a table in the format of ProxylessNAS; the rest is listed with the reason."""
+    foreign = read_foreign(device, f"proxylessnas {request.source}", request.table)
+    with transaction() as session:
+        stored, current = measurements.import_table(session, devices.get(session, device), foreign.table)
+    if current:
+        after.add_task(broker.ring)
+    return ForeignImported(stored=stored, current=current, skipped=foreign.skipped)
+
+
+@router.get("/{device}/lookup-table/survey", responses=responses(404))
+def read_survey(device: DevicePath, _caller: Reader) -> Survey:
+    """What the current table shows: the slowest layers, the cost of a multiply-add by operator, covered widths."""
+    with snapshot() as session:
+        return survey(measurements.load_table(session, device))
+
+
 def _show(session: Session, device: Device) -> DeviceView:
     counts = measurements.counts(session, device)
     fingerprint = measurements.current_fingerprint(session, device)
@@ -333,6 +379,7 @@ def _show(session: Session, device: Device) -> DeviceView:
         fingerprint={"sha256": fingerprint.sha256, "facts": fingerprint.facts} if fingerprint else None,
         measured=table.entries + table.networks if table else 0, waiting=counts[WorkState.WAITING],
         leased=counts[WorkState.LEASED], failed=counts[WorkState.FAILED], table=table,
+        pricing=[PricingView(**asdict(one)) for one in repricing.progress(session, device)],
     )  # fmt: skip
 
 

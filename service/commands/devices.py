@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from latency_profiler.durable import save
+from latency_profiler.foreign_tables import is_foreign
 from service.commands import tables
 from service.commands.login import connect
 from service.commands.options import (
@@ -57,8 +58,8 @@ def add_device(
 def show_device(device: DeviceName, server: Server = None, key: Key = None, as_json: Json = False) -> None:
     """What a device is, what it has measured, and what is left."""
     with connect(server, key) as client:
-        answer = client.device(device)
-    tables.show_json(answer) if as_json else tables.show_facts(out, answer)
+        answer = client.device(device) | {"survey": client.table_survey(device)}
+    tables.show_json(answer) if as_json else tables.show_device(out, answer)
 
 
 @devices.command("remove")
@@ -91,7 +92,7 @@ def export_table(
 @devices.command("import")
 def import_table(
     device: DeviceName,
-    file: Annotated[Path, typer.Argument(help="A table that `devices export` wrote as JSON.")],
+    file: Annotated[Path, typer.Argument(help="What `devices export` wrote as JSON, or a ProxylessNAS table.")],
     server: Server = None,
     key: Key = None,
     as_json: Json = False,
@@ -99,7 +100,10 @@ def import_table(
     """Give a device a lookup table that was measured elsewhere."""
     table = read_json(file)
     with connect(server, key) as client:
-        answer = client.put_lookup_table(device, table)
+        if is_foreign(table):
+            answer = client.put_foreign_table(device, file.name, table)
+        else:
+            answer = client.put_lookup_table(device, table)
     tables.show_json(answer) if as_json else tables.show_facts(out, answer)
 
 

@@ -191,6 +191,32 @@ def show_devices(console: Console, devices: Sequence[Row]) -> None:
     show(console, ["device", "alive", "last beat", "measured", "waiting"], rows)
 
 
+def show_device(console: Console, device: Row) -> None:
+    """A device, the quality of its table, and what the table shows."""
+    table, seen = device["table"] or {}, device["survey"]
+    lists = {name: table.get(name) or [] for name in ("fits", "spaces")}
+    shown = {key: value for key, value in device.items() if key not in ("survey", "pricing", "table")}
+    show_facts(console, shown | {"table": {key: value for key, value in table.items() if key not in lists}})
+    sections = {
+        "table quality": lists["fits"], "spaces": lists["spaces"], "structures that have a latency": device["pricing"],
+        "slowest layers": seen["slowest"], "operators": seen["operators"], "coverage": seen["coverage"],
+    }  # fmt: skip
+    for title, rows in sections.items():
+        if rows:
+            console.print()
+            show_rows(console, rows, title)
+
+
+def show_rows(console: Console, rows: Sequence[Row], title: str) -> None:
+    """Objects that have the same names, one a line; a pair of numbers is a range."""
+    cells = [[_range(value) for value in row.values()] for row in rows]
+    show(console, [name.replace("_", " ") for name in rows[0]], cells, title)
+
+
+def _range(value: Any) -> Any:
+    return f"{value[0]} to {value[1]}" if isinstance(value, list | tuple) and len(value) == 2 else value
+
+
 def show_datasets(console: Console, datasets: Sequence[Row]) -> None:
     """Datasets, one a line."""
     rows = [

@@ -49,19 +49,20 @@ def add_structures(session: Session, space: Space, channels: Sequence[tuple[int,
 
 
 def record_generation(
-    session: Session, job: Job, space: Space, generation: int, judged: Sequence[Judged],
-    predicted: Mapping[str, tuple[str, str]],
-) -> None:  # fmt: skip
+    session: Session, job: Job, space: Space, generation: int, judged: Sequence[Judged], predicted: Mapping[str, str]
+) -> None:
     """Store a generation: its structures, their predicted latencies and its candidates with their lineage.
 
+    The predictions of structures that are new stand until the devices' tables have priced them (`repricing`).
+
     Args:
-        predicted: device name → (device id, table id) of the latencies.
+        predicted: device name → device id.
     """
     ids = add_structures(session, space, [space.channels(one.encoding) for one in judged])
     latencies = [
-        {"structure_id": structure_id, "device_id": device_id, "table_id": table_id, "seconds": one.latencies[name]}
-        for structure_id, one in zip(ids, judged, strict=True)
-        for name, (device_id, table_id) in predicted.items()
+        {"structure_id": structure_id, "device_id": device_id, "seconds": one.latencies[name]}
+        for structure_id, one in sorted(zip(ids, judged, strict=True), key=lambda pair: pair[0])
+        for name, device_id in predicted.items()
         if name in one.latencies
     ]
     insert_missing(session, StructureLatency, latencies)

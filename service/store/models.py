@@ -420,9 +420,10 @@ class Structure(Base):
     """Space + channels, whoever found it; candidates and results point here."""
 
     __tablename__ = "structures"
+    __table_args__ = (Index(None, "space_key", "id"),)
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     """`Space.digest(channels)`."""
-    space_key: Mapped[str] = mapped_column(String(100), index=True)
+    space_key: Mapped[str] = mapped_column(String(100))
     space: Mapped[dict[str, Any]]
     channels: Mapped[list[int]]
     flops: Mapped[int]
@@ -431,14 +432,29 @@ class Structure(Base):
 
 
 class StructureLatency(Base):
-    """Predicted seconds of a structure on a device, from one table."""
+    """Predicted seconds of a structure on a device."""
 
     __tablename__ = "structure_latencies"
     __table_args__ = (Index(None, "device_id", "seconds"),)
     structure_id: Mapped[str] = mapped_column(ForeignKey("structures.id", ondelete="CASCADE"), primary_key=True)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
-    table_id: Mapped[str] = mapped_column(String(32))
+    prices: Mapped[str | None] = mapped_column(String(32))
+    """Digest of the prices (`LatencyModel.digest`); None is a job's prediction that no table was asked about yet."""
     seconds: Mapped[float]
+
+
+class Pricing(Base):
+    """How far the structures of a space are priced on a device with its current table."""
+
+    __tablename__ = "pricings"
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
+    space_key: Mapped[str] = mapped_column(String(100), primary_key=True)
+    source: Mapped[str] = mapped_column(String(200))
+    """Table, its size and its fit when they were looked at."""
+    prices: Mapped[str | None] = mapped_column(String(32))
+    """Digest of the prices; None where the table lacks layers of the space."""
+    structures: Mapped[int]
+    """How many are done."""
 
 
 class Candidate(Base):

@@ -207,7 +207,14 @@ def test_a_device_lives_from_add_to_remove(call: Any, tmp_path: Path) -> None:
     price = answer(call("price", "resnet20", *SIZE, "--device", "bench", "--json"))
     assert price["latency_ms"] == pytest.approx(len(space.layers(space.channels(space.largest))) * 0.01)
 
-    assert "bench" in call("devices", "show", "bench")[1]
+    shown = call("devices", "show", "bench")[1]
+    assert "bench" in shown
+    for title in ("slowest layers", "operators", "coverage"):
+        assert title in shown
+    foreign = tmp_path / "phone.json"
+    foreign.write_text(json.dumps({"Conv-input:8x8x3-output:8x8x4": {"mean": 1.0}, "Logits-input:1x1x4": {}}))
+    imported = answer(call("devices", "import", "bench", foreign, "--json"))
+    assert (imported["stored"], list(imported["skipped"])) == (1, ["Logits-input:1x1x4"])
     assert call("devices", "remove", "bench")[0] == 0
     assert call("devices", "show", "bench")[0] == 1
 

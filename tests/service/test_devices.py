@@ -287,3 +287,27 @@ def test_a_table_may_be_larger_than_other_requests(client: TestClient) -> None:
     assert client.put("/v1/devices/bench/lookup-table", json=table.to_json()).json()["stored"] == len(layers)
     large = {"fingerprint": {"a": "x" * (1 << 20)}, "agent": "0.1"}
     assert client.post("/v1/devices/bench/profiles", json=large).status_code == 413
+
+
+def test_a_table_of_another_project_is_taken_as_far_as_it_goes(client: TestClient, rings: list[bool]) -> None:
+    register(client)
+    waiting_job(JobState.PROFILING)
+    stem, block = (
+        "Conv-input:32x32x3-output:16x16x8",
+        "expanded_conv-input:8x8x4-output:8x8x4-expand:6-kernel:3-stride:1-idskip:1",
+    )
+    body = {"source": "phones", "table": {stem: {"mean": 2.0, "count": 3}, block: {"mean": 1.0, "count": 3}}}
+    address = "/v1/devices/bench/lookup-table/proxylessnas"
+    answer = client.put(address, json=body).json()
+    assert (answer["stored"], answer["current"], list(answer["skipped"]), rings) == (1, True, [block], [True])
+    assert client.put(address, json=body).json()["stored"] == 0
+    [entry] = client.get("/v1/devices/bench/lookup-table").json()["entries"]
+    assert (entry["seconds"], entry["count"], entry["layer"]["c_out"]) == (0.002, 3, 8)
+    seen = client.get("/v1/devices/bench/lookup-table/survey").json()
+    assert seen["slowest"] == [{"key": "conv-k3s2p1-32x32-bn-relu6:3>8", "ms": 2.0}]
+    assert seen["operators"] == [{"op": "conv", "layers": 1, "ms_per_multiply_add": 2.0 / (8 * 256 * 27)}]
+    assert seen["coverage"][0]["c_in"] == [3, 3]
+    for wrong in ({"source": "x", "table": {block: {"mean": 1.0}}}, {"source": "x", "table": {}}, {"table": {}}):
+        assert client.put(address, json=wrong).status_code == 422
+    assert client.put("/v1/devices/none/lookup-table/proxylessnas", json=body).status_code == 404
+    assert client.get("/v1/devices/none/lookup-table/survey").status_code == 404

@@ -53,7 +53,6 @@ def fill(rows: int, seed: int = 0) -> tuple[str, list[dict[str, Any]]]:
             {
                 "structure_id": kind["id"],
                 "device_id": device.id,
-                "table_id": "t",
                 "seconds": draw.randrange(1, 1000) / 1000,
             }
             for kind in kinds[: rows // 3]
@@ -166,7 +165,7 @@ def search(client: TestClient) -> tuple[dict[str, Any], list[Judged]]:
     with transaction() as session:
         device, _ = devices.register(session, "bench")
         row = jobs.get(session, job["id"])
-        record_generation(session, row, space, 2, judged, {"bench": (device.id, "table")})
+        record_generation(session, row, space, 2, judged, {"bench": device.id})
     return job, judged
 
 

@@ -62,15 +62,15 @@ class Console:
 
 
 class Bench:
-    """A device named `bench` whose layers take a nanosecond per multiply-add and some microseconds.
+    """A device whose layers take a nanosecond per multiply-add and some microseconds.
 
     `factor` makes whole networks slower than the sum of their layers; `away` makes it answer nothing.
     """
 
-    def __init__(self, factor: Callable[[str], float] = lambda purpose: 1.0) -> None:
-        self.factor, self.away = factor, False
+    def __init__(self, factor: Callable[[str], float] = lambda purpose: 1.0, name: str = "bench") -> None:
+        self.factor, self.name, self.away = factor, name, False
         with transaction() as session:
-            devices.register(session, "bench", "")
+            devices.register(session, name, "")
 
     @staticmethod
     def seconds(layer: Layer) -> float:
@@ -81,7 +81,7 @@ class Bench:
         done = 0
         while not self.away:
             with transaction() as session:
-                device = devices.get(session, "bench")
+                device = devices.get(session, self.name)
                 leased = agents.lease(session, device, FACTS, 500, 60.0)
                 if not leased.works:
                     break
@@ -242,6 +242,42 @@ def test_a_latency_job_fills_the_table_first_and_its_winner_is_measured(world: N
     assert 0.8 * limit <= winner["predicted_ms"]["bench"] <= limit
     assert job.result["uniform"]["measured_ms"]["bench"] <= 1.1 * limit
     assert job.result["rounds"] == 1
+
+
+class Narrow(Bench):
+    """Another device: it hates wide layers, and does not care much about multiply-adds."""
+
+    @staticmethod
+    def seconds(layer: Layer) -> float:
+        return 1e-10 * layer_flops(layer) + 1e-6 * layer.c_out
+
+
+class Pair(Bench):
+    """Both devices of a job."""
+
+    def __init__(self) -> None:
+        self.benches = [Bench(), Narrow(name="narrow")]
+
+    def measure(self) -> int:
+        return sum(bench.measure() for bench in self.benches)
+
+
+def test_a_job_holds_its_budgets_on_two_devices(world: None) -> None:
+    pair = Pair()
+    largest = SPACE.layers(SPACE.channels(SPACE.largest))
+    narrow = {"metric": "latency", "device": "narrow", "max_ms": 450 * (2e-6 + sum(map(Narrow.seconds, largest)))}
+    job = run(submit(latency_bound(0.6), narrow), pair)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    bounds = {"bench": latency_bound(0.6)["max_ms"], "narrow": narrow["max_ms"]}
+    winner, uniform = job.result["winner"], job.result["uniform"]
+    assert winner["measured_ms"].keys() == bounds.keys() == uniform["measured_ms"].keys()
+    for name, most in bounds.items():
+        assert winner["measured_ms"][name] <= most
+        assert uniform["predicted_ms"][name] <= most
+        assert winner["predicted_ms"][name] == pytest.approx(winner["measured_ms"][name], rel=0.1)
+    assert max(winner["predicted_ms"][name] / most for name, most in bounds.items()) > 0.8
+    assert set(job.memory["tables"]) == set(job.memory["margins"]) == set(bounds)
 
 
 def test_a_broken_budget_enters_the_prediction_and_the_search_goes_on(world: None) -> None:

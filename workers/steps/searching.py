@@ -79,8 +79,7 @@ def _judge(context: Context, job: Job, budget: Budget, search: Evolution, propos
     if isinstance(search, Front):
         summary |= {"hypervolume": search.hypervolume(), "front": len(search.front())}
     with transaction() as session:
-        ids = {name: devices.get(session, name) for name in job.memory["tables"]}
-        predicted = {name: (device.id, device.table_id or "") for name, device in ids.items()}
+        predicted = {name: devices.get(session, name).id for name in job.memory["tables"]}
         jobs.save_step(session, context.claim, memory={**job.memory, "evolution": search.to_json()})
         chunks.drop(session, job.id)
         candidates.record_generation(session, job, context.space, generation, judged, predicted)

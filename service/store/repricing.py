@@ -1,0 +1,185 @@
+"""Re-pricing: every structure that was ever found has its latency on every device whose table can price its space.
+
+*Prices* are all that a table says of the structures of a space (`LatencyModel`), named by a digest, and every stored
+latency carries the digest of its prices. A *walk* replaces those that carry another one, in the order of the
+structures' ids and a chunk per transaction. A walk that is killed begins anew and finds what is left; two at once do
+the same work twice. Nothing is trained or evaluated for it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from latency_profiler.errors import MissingLatencies
+from latency_profiler.lookup_table import LatencyModel, LatencyTable
+from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import Space
+from service.store import measurements, work
+from service.store.bulk import upsert
+from service.store.models import (
+    Device,
+    Measurement,
+    Pricing,
+    Structure,
+    StructureLatency,
+    TableFit,
+    WorkKind,
+)
+
+CHUNK = 5000
+"""Structures per transaction: SQLite's only writer is held for some tenths of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Structures of a space that a device may have to price; `source` names what prices would be made from."""
+
+    device_id: str
+    table_id: str
+    space_key: str
+    source: str
+
+
+def due(session: Session) -> list[Due]:
+    """Devices and spaces whose table, fit or structures are others than when they were looked at.
+
+    A space is not due while layers of it are still being measured: every batch would change its prices.
+    """
+    spaces = _counts(session)
+    done = {(row.device_id, row.space_key): row for row in session.scalars(select(Pricing))}
+    found = []
+    for device in session.scalars(select(Device).where(Device.table_id.is_not(None)).order_by(Device.name)):
+        assert device.table_id is not None
+        sources = {key: _source(session, device.table_id, key) for key in spaces}
+        changed = [key for key in spaces if not _settled(done.get((device.id, key)), sources[key], spaces[key])]
+        waiting = _families(session, device.table_id) if changed else set()
+        for key in changed:
+            space = _space(session, key)
+            if waiting.isdisjoint(layer.family for layer in space.layers(space.channels(space.largest))):
+                found.append(Due(device.id, device.table_id, key, sources[key]))
+    return found
+
+
+def _counts(session: Session) -> dict[str, int]:
+    query = select(Structure.space_key, func.count()).group_by(Structure.space_key).order_by(Structure.space_key)
+    return dict(session.execute(query).all())
+
+
+def _source(session: Session, table_id: str, space_key: str) -> str:
+    """Layers of a table are only ever added, so their number says which there are."""
+    layers = select(func.count()).where(Measurement.table_id == table_id, Measurement.kind == WorkKind.LAYER)
+    fit = session.get(TableFit, (table_id, space_key))
+    line = (fit.overhead, fit.slope) if fit else (0.0, 1.0)
+    return f"{table_id}:{session.scalars(layers).one()}:{line[0]!r}:{line[1]!r}"
+
+
+def _settled(row: Pricing | None, source: str, structures: int) -> bool:
+    return row is not None and row.source == source and (row.prices is None or row.structures == structures)
+
+
+def _families(session: Session, table_id: str) -> set[str]:
+    """Families of the layers that are still being measured."""
+    return {key.rpartition(":")[0] for key in work.open_keys(session, table_id, WorkKind.LAYER)}
+
+
+def _space(session: Session, space_key: str) -> Space:
+    arguments = session.scalars(select(Structure.space).where(Structure.space_key == space_key).limit(1)).one()
+    return get_space(**arguments)
+
+
+class Walk:
+    """Prices the structures of a space on a device; `step` in a transaction each, until it says that it has ended."""
+
+    def __init__(self, session: Session, due: Due) -> None:
+        self._due, self._after = due, ""
+        device = session.get(Device, due.device_id)
+        self._table = measurements.load_table(session, device.name) if device else LatencyTable("", "")
+        self._space = _space(session, due.space_key)
+        self._model, self._prices = _model(self._table, self._space)
+        self._done = session.scalars(select(func.count()).where(Structure.space_key == due.space_key)).one()
+        if self._prices is not None:
+            left = select(func.count()).where(Structure.space_key == due.space_key, self._outdated())
+            self._done -= session.scalars(left).one()
+
+    def step(self, session: Session) -> bool:
+        """Price the next chunk; False when there is none, or when the device has gone or uses another table."""
+        device = session.get(Device, self._due.device_id, with_for_update={"read": True, "key_share": True})
+        if device is None or device.table_id != self._due.table_id:
+            return False
+        query = select(Structure.id, Structure.channels).where(
+            Structure.space_key == self._due.space_key, Structure.id > self._after, self._outdated()
+        )  # fmt: skip
+        chunk = session.execute(query.order_by(Structure.id).limit(CHUNK)).all() if self._model else []
+        if chunk:
+            self._after = chunk[-1][0]
+            self._done += len(chunk)
+            upsert(session, StructureLatency, self._priced(chunk))
+        row = {
+            "device_id": self._due.device_id, "space_key": self._due.space_key, "source": self._due.source,
+            "prices": self._prices, "structures": self._done,
+        }  # fmt: skip
+        upsert(session, Pricing, [row])
+        return len(chunk) == CHUNK
+
+    def _outdated(self) -> Any:
+        current = select(StructureLatency.structure_id).where(
+            StructureLatency.structure_id == Structure.id,
+            StructureLatency.device_id == self._due.device_id,
+            StructureLatency.prices == self._prices,
+        )
+        return ~current.exists()
+
+    def _priced(self, chunk: Any) -> list[dict[str, Any]]:
+        """Rows of latencies; uniform networks lie off the grid and are priced one by one, where they can be."""
+        assert self._model is not None
+        channels = np.array([widths for _, widths in chunk], dtype=np.int64)
+        known = self._model.knows(channels)
+        seconds = np.full(len(chunk), np.nan)
+        seconds[known] = self._model.seconds(channels[known])
+        for i in np.flatnonzero(~known):
+            seconds[i] = _price(self._table, self._space, chunk[i][1])
+        return [
+            {"structure_id": id_, "device_id": self._due.device_id, "prices": self._prices, "seconds": value}
+            for (id_, _), value in zip(chunk, seconds.tolist(), strict=True)
+            if value == value
+        ]
+
+
+def _model(table: LatencyTable, space: Space) -> tuple[LatencyModel | None, str | None]:
+    """The prices of a space and their digest; None where the table lacks layers of it."""
+    try:
+        model = LatencyModel(table, space)
+    except MissingLatencies:
+        return None, None
+    return model, model.digest
+
+
+def _price(table: LatencyTable, space: Space, channels: list[int]) -> float:
+    try:
+        return table.price(space, channels).seconds
+    except MissingLatencies:
+        return float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many structures of a space there are, and how many have their latency from the device's current table."""
+
+    space_key: str
+    structures: int
+    priced: int
+
+
+def progress(session: Session, device: Device) -> list[Coverage]:
+    """How far the structures of each space are priced on a device."""
+    rows = {row.space_key: row for row in session.scalars(select(Pricing).where(Pricing.device_id == device.id))}
+    return [Coverage(key, count, _done(rows.get(key), device, count)) for key, count in _counts(session).items()]
+
+
+def _done(row: Pricing | None, device: Device, structures: int) -> int:
+    if row is None or row.prices is None or not row.source.startswith(f"{device.table_id}:"):
+        return 0
+    return min(row.structures, structures)
