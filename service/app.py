@@ -10,15 +10,26 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI
 
 from service import admin
-from service.api import datasets, devices, health, jobs, measurements, problems, pruning_nets, spaces, structures
+from service.api import (
+    datasets,
+    devices,
+    health,
+    jobs,
+    lookup_tables,
+    measurements,
+    problems,
+    pruning_nets,
+    spaces,
+    structures,
+)  # fmt: skip
 from service.api.auth import authenticate
 from service.api.traffic import Traffic
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body, counted as they arrive; routes that take tables and measurements allow more."""
 ROUTERS = (
-    spaces.router, datasets.router, devices.router, measurements.router, jobs.router, pruning_nets.router,
-    structures.router,
+    spaces.router, datasets.router, devices.router, lookup_tables.router, measurements.router, jobs.router,
+    pruning_nets.router, structures.router,
 )  # fmt: skip
 
 

@@ -1,20 +1,15 @@
-"""Devices, what they shall measure, and their lookup tables."""
+"""Devices, and what they shall measure."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, BackgroundTasks, Header, Path, Query, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Path
 from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import Trust, Verdict, judge
-from latency_profiler.foreign_tables import read_foreign
-from latency_profiler.layers import Activation, Op
-from latency_profiler.lookup_table import Fit, LatencyTable
+from latency_profiler.lookup_table import Fit
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
-from latency_profiler.survey import Survey, survey
-from service import broker
 from service.api.auth import Reader, Submitter
 from service.api.problems import responses
 from service.specs import Model, Name
@@ -23,8 +18,6 @@ from service.store.measurements import Progress
 from service.store.models import Device, LookupTable, WorkState
 from service.store.session import snapshot, transaction
 
-LARGEST_TABLE = 32 << 20
-"""Bytes of an imported table."""
 router = APIRouter(prefix="/devices", tags=["devices"])
 DevicePath = Annotated[Name, Path()]
 
@@ -40,8 +33,6 @@ Text = Annotated[str, AfterValidator(_storable)]
 Seconds = Annotated[float, Field(gt=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(ge=0, lt=1000)]
-SpaceKey = Annotated[Text, Field(max_length=100)]
-Size = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class DeviceRequest(Model):
@@ -194,78 +185,6 @@ class ProfileList(BaseModel):
     items: list[ProfileView]
 
 
-class LayerBody(Model):
-    """One layer, as in `latency_profiler.layers.Layer`."""
-
-    op: Op
-    c_in: Size
-    c_out: Size
-    size: Size
-    kernel: Size = 1
-    stride: Size = 1
-    padding: Annotated[int, Field(ge=0, le=2**31)] = 0
-    activation: Activation = Activation.NONE
-    norm: bool = False
-    residual: bool = False
-
-
-class EntryBody(Model):
-    """One measured layer."""
-
-    layer: LayerBody
-    seconds: Seconds
-    iqr: Spread = 0.0
-    count: Annotated[int, Field(ge=1, le=2**31)] = 1
-    steady: bool = True
-
-
-class FitBody(Model):
-    """A fit, in seconds."""
-
-    overhead: Annotated[float, Field(gt=-1000, lt=1000)]
-    slope: Annotated[float, Field(gt=0, lt=1000)]
-    fitted_on: Annotated[int, Field(ge=0, le=2**31)]
-    held_out: Annotated[int, Field(ge=0, le=2**31)]
-    mean_error: Annotated[float, Field(ge=0, le=1e6)]
-    max_error: Annotated[float, Field(ge=0, le=1e6)]
-    within_5: Share | None = None
-    within_10: Share | None = None
-    spearman: Annotated[float, Field(ge=-1.000001, le=1.000001)] | None = None
-    bias: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    noise_floor: Annotated[float, Field(ge=0, le=1e6)] | None = None
-
-
-class TableBody(Model):
-    """A lookup table, as `secateurs devices export` writes it. All times are seconds."""
-
-    device: Annotated[Text, Field(max_length=100)]
-    fingerprint: Annotated[Text, Field(max_length=100)]
-    entries: Annotated[list[EntryBody], Field(max_length=100_000)]
-    fits: Annotated[dict[SpaceKey, FitBody], Field(max_length=1000, default_factory=dict)]
-
-
-class Imported(BaseModel):
-    """What became of an imported table."""
-
-    stored: int = Field(description="entries that were not imported from this source before")
-    current: bool = Field(description="false where the device's own agent has opened a table: that one is used")
-
-
-class ForeignBody(Model):
-    """A table in the public format of ProxylessNAS and Once-for-all; all times are milliseconds."""
-
-    source: Annotated[Text, Field(min_length=1, max_length=100)]
-    """Where it is from: importing the same again changes nothing."""
-    table: Annotated[dict[Text, Any], Field(max_length=100_000)]
-    """Key → `{"mean", "count"}`."""
-
-
-class ForeignImported(Imported):
-    """What became of another project's table."""
-
-    skipped: dict[str, str] = Field(description="key → why it is no layer here")
-
-
 @router.post("", status_code=201, responses=responses(409))
 def register(request: DeviceRequest, _caller: Submitter) -> NewDevice:
     """Register a device; its agent's token is in this answer and nowhere else."""
@@ -318,54 +237,6 @@ def list_profiles(device: DevicePath, _caller: Reader) -> ProfileList:
     """How far a device's profiles are."""
     with snapshot() as session:
         return ProfileList(items=_profiles(session, devices.get(session, device)))
-
-
-@router.get(
-    "/{device}/lookup-table", response_model=TableBody,
-    responses={**responses(404), 200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
-)  # fmt: skip
-def export_table(
-    device: DevicePath, _caller: Reader,
-    format: Annotated[Literal["json", "csv"] | None, Query(description="instead of the header `Accept`")] = None,
-    accept: Annotated[str, Header()] = "application/json",
-) -> Response:  # fmt: skip
-    """The device's current table: JSON, or CSV of its entries."""
-    with snapshot() as session:
-        table = measurements.load_table(session, device)
-    if format == "csv" or (format is None and accept.startswith("text/csv")):
-        return Response(table.to_csv(), media_type="text/csv")
-    return JSONResponse(table.to_json())
-
-
-@router.put("/{device}/lookup-table", responses=responses(404, 413), max_body_size=LARGEST_TABLE)
-def import_table(device: DevicePath, table: TableBody, _caller: Submitter, after: BackgroundTasks) -> Imported:
-    """Import a table that was measured elsewhere; it is used where the device's own agent has not come."""
-    with transaction() as session:
-        row, given = devices.get(session, device), LatencyTable.from_json(table.model_dump(mode="json"))
-        stored, current = measurements.import_table(session, row, given)
-    if current:
-        after.add_task(broker.ring)
-    return Imported(stored=stored, current=current)
-
-
-@router.put("/{device}/lookup-table/proxylessnas", responses=responses(404, 413), max_body_size=LARGEST_TABLE)
-def import_foreign_table(
-    device: DevicePath, request: ForeignBody, _caller: Submitter, after: BackgroundTasks
-) -> ForeignImported:
-    """Import what is one layer here of a table in the format of ProxylessNAS; the rest is listed with the reason."""
-    foreign = read_foreign(device, f"proxylessnas {request.source}", request.table)
-    with transaction() as session:
-        stored, current = measurements.import_table(session, devices.get(session, device), foreign.table)
-    if current:
-        after.add_task(broker.ring)
-    return ForeignImported(stored=stored, current=current, skipped=foreign.skipped)
-
-
-@router.get("/{device}/lookup-table/survey", responses=responses(404))
-def read_survey(device: DevicePath, _caller: Reader) -> Survey:
-    """What the current table shows: the slowest layers, the cost of a multiply-add by operator, covered widths."""
-    with snapshot() as session:
-        return survey(measurements.load_table(session, device))
 
 
 def _show(session: Session, device: Device) -> DeviceView:

@@ -43,6 +43,9 @@ GENES = len(get_space("resnet20", free_last=True).genes)
 OWN: dict[str, Schema] = {
     "/v1/spaces/{space}/price": {"encoding": [3] * GENES, "channels": None, "devices": []},
     "/v1/devices/{device}/profiles": {"mode": "sampled", "points": 4},
+    "/v1/devices/{device}/lookup-table/proxylessnas": {
+        "table": {"Conv-input:224x224x3-output:112x112x32": {"mean": 1.0, "count": 10}}
+    },
     "/v1/devices/{device}/leases": {"fingerprint": {"cpu": "fast"}},
     "/v1/devices/{device}/measurements": {"fingerprint": "0" * 64},
     "/v1/jobs": {"measure_on": [], "training": {"band": [0.5, 1.5]}, "search": {"recalibration_images": 100}},
