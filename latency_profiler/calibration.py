@@ -52,8 +52,8 @@ class Verdict:
 def judge(fit: Fit | None, stale: str | None = None, drift: float = 0.0) -> Verdict:
     """How far prices are to be trusted.
 
-    Trusted prices keep the mean error as their margin, others the largest error that was seen; a stale table's adds
-    the drift by which the device has become slower.
+    The margin is the mean error, and what is just trusted where no error is known; a stale table's adds the drift by
+    which the device has become slower. It makes most first winners hold; the measurement of each decides.
 
     Args:
         fit: of the space, None where no networks were measured.
@@ -71,7 +71,7 @@ def judge(fit: Fit | None, stale: str | None = None, drift: float = 0.0) -> Verd
         )
     else:
         doubt = None
-    error = MOST_MARGIN if fit is None else fit.mean_error if doubt is None else fit.max_error
+    error = MOST_MEAN_ERROR if fit is None else fit.mean_error
     margin = min(MOST_MARGIN, error + (max(0.0, drift) if stale else 0.0))
     if stale:
         return Verdict(Trust.STALE, stale, margin)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from latency_profiler.calibration import HELD_OUT, MOST_MARGIN, REPEATED, Trust, fit_networks, judge
+from latency_profiler.calibration import HELD_OUT, MOST_MARGIN, MOST_MEAN_ERROR, REPEATED, Trust, fit_networks, judge
 from latency_profiler.lookup_table import Fit
 from service.store import agents, canaries, devices, hosts, measurements
 from service.store.agents import Batch, Outcome
@@ -78,10 +78,10 @@ def test_limits_of_trust() -> None:
     few, bad, worst = replace(GOOD, held_out=7), replace(GOOD, mean_error=0.031), replace(GOOD, max_error=0.0901)
     for fit, why in ((few, "only 7 held-out"), (bad, "3.1% on average"), (worst, "9.0% at most")):
         found = judge(fit)
-        assert (found.trust, found.margin) == (Trust.UNTRUSTED, fit.max_error), "the largest error is the margin"
+        assert (found.trust, found.margin) == (Trust.UNTRUSTED, fit.mean_error)
         assert why in str(found.reason)
-    assert (judge(None).trust, judge(None).margin) == (Trust.UNTRUSTED, MOST_MARGIN)
-    assert judge(replace(GOOD, max_error=3.0)).margin == MOST_MARGIN
+    assert (judge(None).trust, judge(None).margin) == (Trust.UNTRUSTED, MOST_MEAN_ERROR)
+    assert judge(replace(GOOD, mean_error=3.0)).margin == MOST_MARGIN
     slower, faster = judge(GOOD, "it drifted", 0.06), judge(GOOD, "it drifted", -0.06)
     assert (slower.trust, slower.reason, slower.margin) == (Trust.STALE, "it drifted", pytest.approx(0.08))
     assert faster.margin == 0.02, "a device that became faster holds every budget"

@@ -372,7 +372,7 @@ def test_a_front_is_searched_trained_and_measured_as_a_family(world: None) -> No
         one["structure_id"] for one in (job.result["winner"], *job.result["runners_up"])
     ]
     for one in front:
-        assert bound["min_ms"] <= one["measured_ms"]["bench"] <= bound["max_ms"]
+        assert 0.99 * bound["min_ms"] <= one["measured_ms"]["bench"] <= bound["max_ms"]
         assert one["uniform"]["measured_ms"]["bench"] <= 1.05 * one["measured_ms"]["bench"]
         assert 0 < one["test_accuracy"] <= 1
     if len(front) > 1:

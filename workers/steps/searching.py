@@ -21,7 +21,8 @@ from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
 LEAST_USED = 0.93
-"""A winner whose first measurement uses less of every latency budget shows that the prediction is too pessimistic."""
+"""A winner whose first measurement is under this share of the prediction, and of the budget, shows that the prediction
+is too pessimistic; one that uses less of the budget but takes what was predicted is just what the search has found."""
 CHECK_SECONDS = 60.0
 """How long the search waits for a first measurement of its winner; the one in `verifying` decides."""
 
@@ -114,7 +115,10 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     measured = found[structure_id]
     if len(measured) < len(context.constrained_devices) and clock - memory["since"] < CHECK_SECONDS:
         return FOR_DEVICE
-    unused = LEAST_USED if memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search) else 0.0
+    predicted = context.budget(job).predict(channels)
+    shy = all(seconds < LEAST_USED * predicted[device] for device, seconds in measured.items())
+    again = shy and memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search)
+    unused = LEAST_USED if again else 0.0
     if allowed := measuring.off(context, measured, unused):
         return search_on(context, job, channels, measured, allowed)
     memory |= {"queue": _queue(context, job, search), "since": None, "checkpoint": None}
