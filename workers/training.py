@@ -59,6 +59,8 @@ class TrainingSettings:
     without."""
     curriculum: float = 0.0
     """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
+    warm_up: float = 0.0
+    """Share of the training over which the learning rate rises; a narrow network that starts high may never learn."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "TrainingSettings":
@@ -70,9 +72,11 @@ class TrainingSettings:
         """Hidden units of a PruningNet's blocks, for `PruningNet`."""
         return SHARED if self.weights == "shared" else None
 
-    def rate(self, epoch: int) -> float:
-        """Learning rate of an epoch."""
-        return self.learning_rate * (1 - epoch / self.epochs)
+    def rate(self, iteration: int, steps: int) -> float:
+        """Learning rate of an iteration, in epochs of so many steps."""
+        rising = self.warm_up * self.epochs * steps
+        start = min(1.0, (iteration + 1) / rising) if rising else 1.0
+        return self.learning_rate * (1 - iteration // steps / self.epochs) * start
 
 
 class Trainer(abc.ABC):
@@ -109,12 +113,12 @@ class Trainer(abc.ABC):
         self.network.train()
         part = self._team.part(self._batch)
         while self.done < self.total:
-            epoch, step = divmod(self.done, self.steps)
+            rate = self.settings.rate(self.done, self.steps)
             images, labels = self.batches.training(self.settings.batch_size, self.seed, self.done, self.device, part)
-            self._update(images, labels, self.settings.rate(epoch), step)
+            self._update(images, labels, rate, self.done % self.steps)
             self.done += 1
             if self.done % self.steps == 0:
-                self._end_epoch(self.settings.rate(epoch))
+                self._end_epoch(rate)
             if self._team.agree(pause()):
                 break
         self._gather()

@@ -61,6 +61,13 @@ def test_interrupted_training_is_bit_equal_to_uninterrupted(make: Make, data: Da
     assert all(torch.equal(value, ours[key]) for key, value in whole.state().items())
 
 
+def test_the_learning_rate_falls_by_epochs_after_it_has_risen() -> None:
+    settings = TrainingSettings(epochs=4, batch_size=32, learning_rate=0.8, warm_up=0.25)
+    rates = [settings.rate(iteration, 8) for iteration in range(32)]
+    assert rates[:8] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    assert rates[8:] == pytest.approx([0.6] * 8 + [0.4] * 8 + [0.2] * 8)
+
+
 def test_a_diverged_training_says_so_in_numbers_that_json_knows(data: Data) -> None:
     settings = TrainingSettings(epochs=1, batch_size=32, learning_rate=1e30)
     trainer = ScratchTrainer(SPACE, SPACE.uniform(0.5), data, settings, 7, CPU)
