@@ -40,7 +40,7 @@ class Cell:
 CELLS = {
     "mobilenet_v1_eighth": Cell("mobilenet_v1", 0.5, 1 / 8),
     "mobilenet_v1_quarter": Cell("mobilenet_v1", 0.5, 1 / 4),
-    "mobilenet_v1_ms": Cell("mobilenet_v1", 0.5, 1 / 8, "this-machine"),
+    "mobilenet_v1_ms": Cell("mobilenet_v1", 0.5, 1 / 4, "this-machine"),
     "mobilenet_v2_eighth": Cell("mobilenet_v2", 0.5, 1 / 8),
     "mobilenet_v2_quarter": Cell("mobilenet_v2", 0.5, 1 / 4),
     "mobilenet_v1_half": Cell("mobilenet_v1", 0.5, 1 / 2),

@@ -3,6 +3,7 @@
 Everything is checked before a row is written, so a refused request leaves nothing behind.
 """
 
+import math
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
@@ -12,7 +13,7 @@ from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingL
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
-from service.specs import JobRequest, resolve
+from service.specs import JobRequest, TrainingSpec, resolve
 from service.store import datasets, measurements, structures
 
 
@@ -39,12 +40,29 @@ def prepare(session: Session, request: JobRequest) -> Submission:
         raise InvalidInput(str(error)) from error
     spec = resolve(request, dataset.image_size)
     assert spec.image_size is not None
+    check_steady(spec.training)
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")
     for bound in spec.constraints:
         constraint = bound.constraint()
         table = measurements.load_table(session, constraint.device) if constraint.device else None
         check_feasible(space, constraint, table)
     return Submission(spec, space, dataset.id)
+
+
+def check_steady(training: TrainingSpec) -> None:
+    """Refuse weight decay of a PruningNet with which SGD with this momentum oscillates, or nearly does.
+
+    Raises:
+        InvalidInput: it is more than half of what is critical: rate * decay = (1 - sqrt(momentum))^2.
+    """
+    assert training.learning_rate is not None
+    assert training.momentum is not None
+    most = (1 - math.sqrt(training.momentum)) ** 2 / 2 / training.learning_rate
+    if (training.weight_decay or 0.0) > most:
+        raise InvalidInput(
+            f"training.weight_decay {training.weight_decay:g} makes weights oscillate at learning rate "
+            f"{training.learning_rate:g} and momentum {training.momentum:g}; at most {most:.2g} is possible"
+        )
 
 
 def named_devices(request: JobRequest) -> list[str]:

@@ -69,7 +69,7 @@ class Generator(nn.Module):
         weight = crop.weight @ hidden + crop.bias  # (c_out, c_in, k*k)
         if self.normalised:
             he = math.sqrt(2 / (weight.shape[1] * weight.shape[2]))
-            weight = weight * (he * torch.rsqrt(weight.square().mean() + TINY))
+            weight = weight * (he * math.sqrt(weight.numel()) / (torch.linalg.vector_norm(weight) + TINY))
         return weight.reshape(*weight.shape[:2], self.kernel, self.kernel)
 
 

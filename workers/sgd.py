@@ -1,26 +1,31 @@
 """SGD with momentum; for generators, at a cost that grows with the part of a parameter that a step uses.
 
 A step of a PruningNet uses a small leading block of each generator's second layer; the gradient of the rest is zero,
-but momentum and weight decay still move it. For an entry without gradient one step is linear,
+but momentum and weight decay still move it:
 
-    m' = momentum * m + decay * w
+    m' = momentum * m + decay * w + g
     w' = w - rate * m'
 
-so `skipped` steps are one 2 x 2 matrix power, applied when the entry is next used. With the gradient g of the step
-itself added (m' += g, w' -= rate * g) this is plain SGD up to rounding, at the cost of the block instead of the whole.
-The matrix belongs to one learning rate: `catch_up` brings every entry up to date before the rate changes.
+Without a gradient g this is a linear map of (w, m) with two eigenvectors: a slow mode, which is weight decay, and a
+fast one, which is what momentum still carries. Written in them, w = p + q, with p' = slow * p + a * g and q' = fast * q
++ b * g. What is kept is P = p / slow^t and Q = q / fast^t after t steps: they do not change where there is no gradient,
+so a step touches nothing but its block, and all entries are those of plain SGD up to rounding. The modes belong to one
+learning rate; `rebase` changes them with it.
 
-What a block writes is weight @ hidden + bias, so the gradient of its weight is the bias's times the hidden units, and
-is never stored.
+What a block writes is weight @ hidden + bias, so its weight's gradient is the bias's times the hidden units, and is
+never stored; and it is P @ (slow^t * hidden) + Q @ (fast^t * hidden) + bias, so neither is the weight.
 """
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from workers.pruning_net import Crop
+
+SPAN = 1e9
+"""The fast mode's unit shrinks by this factor at most before Q is written in a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,10 @@ class Rule:
     momentum: float
     decay: float
 
-    def powers(self, steps: int) -> Tensor:
-        """(steps + 1, 4): row k has the entries w<-w, w<-m, m<-w, m<-m of k steps without gradient."""
-        m_row = [self.decay, self.momentum]
-        one = np.array([[1 - self.rate * m_row[0], -self.rate * m_row[1]], m_row])
-        rows = [np.eye(2)]
-        for _ in range(steps):
-            rows.append(one @ rows[-1])
-        return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(steps + 1, 4))
+    @property
+    def apart(self) -> bool:
+        """Whether there are two modes; else weights would oscillate. Near the bound they are told apart badly."""
+        return self.rate * self.decay < (1 - math.sqrt(self.momentum)) ** 2
 
 
 class Momentum:
@@ -62,74 +63,118 @@ class Momentum:
             parameter.grad = None
 
 
+class Modes:
+    """The two modes of a rule: a row of two numbers is (slow, fast).
+
+    Raises:
+        ValueError: the rule's modes are not `apart`.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        if not rule.apart:
+            raise ValueError(f"{rule}: weight decay this strong makes weights oscillate")
+        mean, rate = (1 + rule.momentum - rule.rate * rule.decay) / 2, rule.rate
+        slow = mean + math.sqrt(mean**2 - rule.momentum)
+        if rule.momentum:
+            fast = rule.momentum / slow
+            per_slow, per_fast = (1 - slow) / (rate * slow), (1 - fast) / (rate * fast)
+            of_slow = (1 + rate * per_fast) / (per_slow - per_fast)
+            self.gains = of_slow, -rate - of_slow
+            self.moments = per_slow, per_fast
+        else:  # there is one mode; the other stays zero
+            slow, fast, self.gains, self.moments = 1 - rate * rule.decay, 1.0, (-rate, 0.0), (0.0, 1.0)
+        self._slow, self._fast = slow, fast
+        self._span = max(1, int(math.log(SPAN) / -math.log(fast))) if fast < 1.0 else 2**53
+        """Steps after which Q gets a new unit."""
+
+    def units(self, step: int) -> tuple[float, float]:
+        """What P and Q are multiplied by after `step` steps to be p and q."""
+        return self._slow**step, self._fast ** (step % self._span)
+
+    def steps(self, step: int) -> tuple[float, float]:
+        """By what P and Q change for each unit of the gradient of the `step`-th step."""
+        slow, fast = self._slow ** (step + 1), self._fast ** (step % self._span + 1)
+        return self.gains[0] / slow, self.gains[1] / fast
+
+    def renewal(self, step: int) -> float | None:
+        """What Q is to be multiplied by after the `step`-th step, if that ends its unit."""
+        return self._fast**self._span if (step + 1) % self._span == 0 else None
+
+
 class CroppedSGD:
     """Moves one weight (c_out, c_in, k*k, H) and its bias (c_out, c_in, k*k) by gradients of their leading blocks.
 
-    `done` (c_out, c_in) counts the steps since the last `catch_up` that are contained in each entry.
+    `weight` (c_out, c_in, k*k, 2H) and `bias` (c_out, c_in, k*k, 2) hold P and then Q. They are the truth; the
+    parameters themselves are as they were at the last `write`.
     """
 
-    def __init__(self, whole: Crop) -> None:
-        self.whole = whole
-        self.momentum = Crop(torch.zeros_like(whole.weight), torch.zeros_like(whole.bias))
-        self.done = torch.zeros(whole.bias.shape[:2], dtype=torch.int64, device=whole.bias.device)
+    def __init__(self, whole: Crop, modes: Modes) -> None:
+        self._whole = whole
+        still = Crop(torch.zeros_like(whole.weight), torch.zeros_like(whole.bias))
+        self.weight, self.bias = torch.cat([still.weight] * 2, -1), torch.stack([still.bias] * 2, -1)
+        self._enter(whole, still, modes)
 
-    def begin(self, crop: Crop, step: int, powers: Tensor, rate: float) -> Crop:
-        """A leading block as it is after `step` steps: copies, of which the bias gathers gradients.
+    def begin(self, c_out: int, c_in: int, modes: Modes, step: int) -> Crop:
+        """A leading block after `step` steps, for hidden units that are `fed`; its bias gathers gradients."""
+        bias = self.bias[:c_out, :c_in] @ self.bias.new_tensor(modes.units(step))
+        return Crop(self.weight[:c_out, :c_in], bias.requires_grad_())
 
-        The block itself takes its next step, but for the gradient, which `end` adds.
-        """
-        c_out, c_in = crop.bias.shape[:2]
-        done = self.done[:c_out, :c_in]
-        before, after = powers[step - done], powers[step + 1 - done]  # (c_out, c_in, 4)
-        weight, bias = (_moved(value, moment, before, after, rate) for value, moment in self._pairs(c_out, c_in))
-        done.fill_(step + 1)
-        return Crop(weight, bias.requires_grad_())
-
-    def end(self, crop: Crop, hidden: Tensor, rate: float) -> None:
-        """The rest of the step: the block that `begin` gave moves by the gradient that its bias gathered.
+    def end(self, crop: Crop, hidden: Tensor, modes: Modes, step: int) -> None:
+        """Take the `step`-th step: by the gradient that the bias of the block from `begin` has gathered.
 
         Args:
             hidden: the hidden units (H,) that the block was multiplied with.
         """
         gradient = crop.bias.grad
         assert gradient is not None
-        (weight, of_weight), (bias, of_bias) = self._pairs(*gradient.shape[:2])
-        of_weight.addcmul_(gradient[..., None], hidden)
-        weight.addcmul_(gradient[..., None], hidden, value=-rate)
-        of_bias.add_(gradient)
-        bias.add_(gradient, alpha=-rate)
+        by = modes.steps(step)
+        crop.weight.addcmul_(gradient[..., None], fed(hidden, by))
+        c_out, c_in = gradient.shape[:2]
+        self.bias[:c_out, :c_in].addcmul_(gradient[..., None], gradient.new_tensor(by))
+        if (renewed := modes.renewal(step)) is not None:
+            for part in (self.weight, self.bias):
+                part.tensor_split(2, -1)[1].mul_(renewed)
 
-    def catch_up(self, step: int, powers: Tensor) -> None:
-        """Bring every entry to `step` steps, and count from zero again."""
-        factors = powers[step - self.done]
-        for value, moment in self._pairs(*self.done.shape):
-            moved = _combined(value, moment, factors, 2)
-            value.copy_(_combined(value, moment, factors, 0))
-            moment.copy_(moved)
-        self.done.zero_()
+    def rebase(self, old: Modes, steps: int, new: Modes) -> None:
+        """After `steps` steps of the old modes: the same state in new ones, before their first step."""
+        self._enter(self.current(old, steps), self.moments(old, steps), new)
 
-    def _pairs(self, c_out: int, c_in: int) -> list[tuple[Tensor, Tensor]]:
-        """The leading blocks of weight and bias, each with its momentum."""
-        whole, momentum = self.whole, self.momentum
-        return [
-            (whole.weight.detach()[:c_out, :c_in], momentum.weight[:c_out, :c_in]),
-            (whole.bias.detach()[:c_out, :c_in], momentum.bias[:c_out, :c_in]),
-        ]
+    def current(self, modes: Modes, step: int) -> Crop:
+        """Weight and bias after `step` steps."""
+        return self._mixed(modes.units(step))
+
+    def moments(self, modes: Modes, step: int) -> Crop:
+        """Their momentum after `step` steps."""
+        slow, fast = modes.units(step)
+        return self._mixed((slow * modes.moments[0], fast * modes.moments[1]))
+
+    @torch.no_grad()
+    def write(self, modes: Modes, step: int) -> None:
+        """Let the parameters be what they are after `step` steps."""
+        now = self.current(modes, step)
+        self._whole.weight.copy_(now.weight)
+        self._whole.bias.copy_(now.bias)
+
+    def _mixed(self, factors: tuple[float, float]) -> Crop:
+        weight, bias = (
+            torch.add(*(half * factor for half, factor in zip(part.tensor_split(2, -1), factors, strict=True)))
+            for part in (self.weight, self.bias)
+        )
+        return Crop(weight, bias[..., 0])
+
+    @torch.no_grad()
+    def _enter(self, value: Crop, moment: Crop, modes: Modes) -> None:
+        """Solve p + q = value and p * moments[0] + q * moments[1] = moment."""
+        per_slow, per_fast = modes.moments
+        for part, w, m in (
+            (self.weight, value.weight, moment.weight), (self.bias, value.bias[..., None], moment.bias[..., None])
+        ):  # fmt: skip
+            slow, fast = part.tensor_split(2, -1)
+            torch.sub(m, w, alpha=per_fast, out=slow)
+            slow.div_(per_slow - per_fast)
+            torch.sub(w, slow, out=fast)
 
 
-def _moved(value: Tensor, moment: Tensor, before: Tensor, after: Tensor, rate: float) -> Tensor:
-    """The value under the powers `before`; in place, value and moment go on to where the powers `after` lead."""
-    current = _combined(value, moment, before, 0)
-    moment.mul_(_column(after, 3, value)).addcmul_(value, _column(after, 2, value))
-    torch.add(current, moment, alpha=-rate, out=value)
-    return current
-
-
-def _combined(value: Tensor, moment: Tensor, factors: Tensor, column: int) -> Tensor:
-    """Value * factors[column] + moment * factors[column + 1], entry by entry of (c_out, c_in)."""
-    return (value * _column(factors, column, value)).addcmul_(moment, _column(factors, column + 1, value))
-
-
-def _column(factors: Tensor, column: int, value: Tensor) -> Tensor:
-    """One factor for each entry of (c_out, c_in), shaped to multiply `value`."""
-    return factors[..., column].reshape(*factors.shape[:2], *(1,) * (value.dim() - 2))
+def fed(hidden: Tensor, factors: tuple[float, float]) -> Tensor:
+    """Hidden units (H,) for both modes (2H,), each times its factor."""
+    return torch.cat([hidden * factors[0], hidden * factors[1]])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ from workers.parallel import ALONE, Team
 from workers.placement import precision
 from workers.pruning_net import SHARED, PruningNet
 from workers.sampling import Genes, numpy_generator, sample
-from workers.sgd import CroppedSGD, Momentum, Rule
+from workers.sgd import CroppedSGD, Modes, Momentum, Rule, fed
 
 STRUCTURES = 64
 """Structures are drawn so many iterations at a time."""
@@ -172,14 +172,15 @@ class Trainer(abc.ABC):
         self.history.append({"epoch": len(self.history), "loss": loss, "accuracy": right / count, "rate": rate})
         self._sums.zero_()
 
-    def _clip(self, leaves: Sequence[Tensor], shares: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
-        """Scale gradients down to the settings' norm; `shares` says how often a leaf's norm counts, if not once."""
+    def _clip(self, leaves: Sequence[Tensor], shares: Tensor | None = None) -> None:
+        """Scale gradients down to the settings' norm; `shares` (n,) says how often the last n leaves' norms count."""
         if self.settings.clip_norm is None:
             return
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         norms = torch.stack(torch._foreach_norm([leaf.grad for leaf in leaves if leaf.grad is not None]))
-        one = torch.ones_like(norms[0])
-        norm = torch.linalg.vector_norm(norms * torch.stack([shares.get(leaf, one) for leaf in leaves]))
+        if shares is not None:
+            norms[-len(shares) :] *= shares
+        norm = torch.linalg.vector_norm(norms)
         nn.utils.clip_grads_with_norm_(leaves, self.settings.clip_norm, norm)
         if self.device.type != "cpu":  # the host must not wait for the norm; one not finite has left only 0 and NaN
             for leaf in leaves:
@@ -241,51 +242,78 @@ class PruningNetTrainer(Trainer):
         self.network = PruningNet(space, settings.hidden, seed, normalised=settings.normalise).to(device)
         team.share(self.network.classifiers.parameters())
         self._structures = Structures(space, band, seed, int(settings.curriculum * self.total))
-        self._blocks = {name: CroppedSGD(crop) for name, crop in self.network.crops(space.largest).items()}
+        self._modes = lru_cache(maxsize=1)(self._modes_of)
+        modes, _ = self._now()
+        self._blocks = {name: CroppedSGD(crop, modes) for name, crop in self.network.crops(space.largest).items()}
         self._sgd = Momentum(*self.network.ordinary())
-        self._powers: tuple[Rule, Tensor] | None = None
         self._structures.at(self.done)
 
+    def advance(self, pause: Callable[[], bool]) -> None:
+        """Train until the end, or until `pause` says so; then the network's weights are those of that moment."""
+        super().advance(pause)
+        self._write()
+
     def state(self) -> dict[str, Tensor]:
-        """The network, momentum, the steps that each entry of the generators contains, and the running sums."""
-        tensors = {f"net.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        """The network, its momentum and the running sums; the blocks' modes stand for their weights."""
+        written = {f"generators.{name}.{part}" for name in self._blocks for part in ("weight", "bias")}
+        tensors = {f"net.{name}": one for name, one in self.network.state_dict().items() if name not in written}
         tensors |= {f"momentum.{i}": tensor for i, tensor in enumerate(self._sgd.moments)}
         for name, block in self._blocks.items():
-            tensors[f"momentum.{name}.weight"] = block.momentum.weight
-            tensors[f"momentum.{name}.bias"] = block.momentum.bias
-            tensors[f"done.{name}"] = block.done
+            tensors |= {f"modes.{name}.weight": block.weight, f"modes.{name}.bias": block.bias}
         return tensors | {"sums": self._sums}
 
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Go on where another trainer with the same arguments was when it gave these."""
+        super().restore(tensors, counters)
+        self._write()
+
+    def align(self, counters: Mapping[str, Any]) -> None:
+        """Go on where process 0 is, whose counters these are."""
+        super().align(counters)
+        self._write()
+
     def _update(self, images: Tensor, labels: Tensor, rate: float, step: int) -> None:
-        encoding = self._structures.at(self.done)
-        rule, powers = self._rule(rate)
+        encoding, modes = self._structures.at(self.done), self._modes(rate)
         crops = {
-            name: self._blocks[name].begin(crop, step, powers, rate)
+            name: self._blocks[name].begin(crop.bias.shape[0], crop.bias.shape[1], modes, step)
             for name, crop in self.network.crops(encoding).items()
         }
         with self._autocast(), self._team.synchronised():
             hidden = self.network.hidden(encoding)
-            weights = self.network.generate(encoding, crops, hidden)
+            units = {name: fed(one, modes.units(step)) for name, one in hidden.items()}
+            weights = self.network.generate(encoding, crops, units)
             self._team.share(weights.values())
             logits = self.network(images, encoding, weights)
         self._loss(logits, labels).backward()  # type: ignore[no-untyped-call]
         # A bias's gradient g stands for the one of its block's weight too, which is g times each hidden unit.
-        shares = {crop.bias: (1 + hidden[name].detach().float().square().sum()).sqrt() for name, crop in crops.items()}
-        self._clip([*self._sgd.parameters, *shares], shares)
-        for name, crop in crops.items():
-            self._blocks[name].end(crop, hidden[name].detach(), rate)
-        self._sgd.step(rule)
+        norms = torch.stack(torch._foreach_norm([hidden[name].detach().float() for name in crops]))
+        self._clip([*self._sgd.parameters, *(crop.bias for crop in crops.values())], (1 + norms.square()).sqrt())
+        with torch.no_grad():
+            for name, crop in crops.items():
+                self._blocks[name].end(crop, hidden[name].detach(), modes, step)
+        self._sgd.step(self._rule(rate))
 
     def _end_epoch(self, rate: float) -> None:
         super()._end_epoch(rate)
-        for block in self._blocks.values():
-            block.catch_up(self.steps, self._rule(rate)[1])
+        if self.done < self.total:
+            old, (new, _) = self._modes(rate), self._now()
+            for block in self._blocks.values():
+                block.rebase(old, self.steps, new)
 
-    def _rule(self, rate: float) -> tuple[Rule, Tensor]:
-        rule = Rule(rate, self.settings.momentum, self.settings.weight_decay)
-        if self._powers is None or self._powers[0] != rule:
-            self._powers = rule, rule.powers(self.steps).to(self.device)
-        return self._powers
+    def _write(self) -> None:
+        for block in self._blocks.values():
+            block.write(*self._now())
+
+    def _now(self) -> tuple[Modes, int]:
+        """The modes of the blocks as they are, and the steps behind them."""
+        epoch = min(self.done // self.steps, self.settings.epochs - 1)
+        return self._modes(self.settings.rate(epoch * self.steps, self.steps)), self.done - epoch * self.steps
+
+    def _modes_of(self, rate: float) -> Modes:
+        return Modes(self._rule(rate))
+
+    def _rule(self, rate: float) -> Rule:
+        return Rule(rate, self.settings.momentum, self.settings.weight_decay)
 
 
 class Structures:

@@ -80,6 +80,14 @@ def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -
     assert submit(client, search={"strategy": "luck"}).status_code == 422
 
 
+def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient) -> None:
+    answer = submit(client, training={"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.02})
+    assert answer.status_code == 422
+    assert "at most 0.013 is possible" in answer.json()["detail"]
+    assert count_jobs() == 0
+    assert submit(client, training={"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.013}).status_code == 202
+
+
 @pytest.mark.parametrize("metric", ["flops", "parameters"])
 def test_a_budget_below_the_smallest_structure_is_refused_with_the_range(client: TestClient, metric: str) -> None:
     space = get_space("mobilenet_v1", 8, 0.25, 10, True)

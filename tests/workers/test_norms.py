@@ -5,9 +5,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers import norms
 from workers.norms import Norm, batch_norm
 
 SHAPES = [(7, 5, 32), (128, 82, 4), (5, 1, 3), (9, 200, 1), (16, 10, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _by_rows_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "MANY", 0)
+    monkeypatch.setattr(norms, "FEW", 1)
 
 
 def channels_last(b: int, c: int, s: int) -> Tensor:

@@ -17,7 +17,7 @@ from workers.evaluation import evaluate
 from workers.evaluation import test as score
 from workers.evolution import DIVERGED
 from workers.pruning_net import SHARED, PruningNet
-from workers.sgd import CroppedSGD, Rule
+from workers.sgd import CroppedSGD, Modes, Rule, fed
 from workers.training import STRUCTURES, PruningNetTrainer, ScratchTrainer, Structures, Trainer, TrainingSettings
 
 SPACE = get_space("mobilenet_v1", 8, 0.125, 4, True)
@@ -115,31 +115,44 @@ def test_a_network_learns_and_reports(data: Data) -> None:
     assert [one["rate"] for one in trainer.history] == pytest.approx([0.1 * (1 - e / 15) for e in range(15)])
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.5, 0.0])
 @pytest.mark.parametrize("hidden", [None, SHARED])
-def test_cropped_sgd_equals_plain_sgd(hidden: int | None) -> None:
+def test_cropped_sgd_equals_plain_sgd(hidden: int | None, momentum: float) -> None:
     """Against torch.optim.SGD on whole parameters with gradients that are zero outside random leading blocks."""
     torch.manual_seed(0)
-    net = PruningNet(get_space("resnet20", 8, 0.5, 4, True), hidden)
+    net = PruningNet(get_space("resnet20", 8, 0.5, 4, True), hidden).double()
     whole, moving = net.generators["4"], "bias" if hidden == SHARED else "weight"
-    ours = CroppedSGD(whole.crop(*whole.bias.shape[:2]))
     weight = torch.nn.Parameter(getattr(whole, moving).detach().clone())
-    reference = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=1e-2)
+    reference = torch.optim.SGD([weight], lr=0.1, momentum=momentum, weight_decay=1e-3)
+    modes, steps = Modes(Rule(0.1, momentum, 1e-3)), 260  # longer than a unit of the fast mode
+    ours = CroppedSGD(whole.crop(*whole.bias.shape[:2]), modes)
     for rate in (0.1, 0.05):
-        rule, steps = Rule(rate, 0.9, 1e-2), 12
-        powers = rule.powers(steps)
         reference.param_groups[0]["lr"] = rate
         for step in range(steps):
             c_out, c_in = torch.randint(1, 8, (2,)).tolist()
-            crop = ours.begin(whole.crop(c_out, c_in), step, powers, rate)
-            assert torch.allclose(getattr(crop, moving), weight[:c_out, :c_in], atol=1e-6)
-            crop.bias.grad, units = torch.randn_like(crop.bias), torch.randn(crop.weight.shape[-1])
-            ours.end(crop, units, rate)
+            crop = ours.begin(c_out, c_in, modes, step)
+            crop.bias.grad, units = torch.randn_like(crop.bias), torch.randn(whole.weight.shape[-1]).double()
+            written = crop.weight @ fed(units, modes.units(step)) + crop.bias
+            plain = weight[:c_out, :c_in] if hidden == SHARED else weight[:c_out, :c_in] @ units + crop.bias
+            assert torch.allclose(written, plain, atol=1e-9)
+            ours.end(crop, units, modes, step)
             weight.grad = torch.zeros_like(weight)
             weight.grad[:c_out, :c_in] = crop.bias.grad if hidden == SHARED else crop.bias.grad[..., None] * units
             reference.step()
-        ours.catch_up(steps, powers)
-        assert torch.allclose(getattr(whole, moving), weight, atol=1e-5)
-        assert torch.allclose(getattr(ours.momentum, moving), reference.state[weight]["momentum_buffer"], atol=1e-5)
+        assert torch.allclose(getattr(ours.current(modes, steps), moving), weight, atol=1e-9)
+        if momentum:
+            moment = reference.state[weight]["momentum_buffer"]
+            assert torch.allclose(getattr(ours.moments(modes, steps), moving), moment, atol=1e-9)
+        modes, old = Modes(Rule(0.05, momentum, 1e-3)), modes
+        ours.rebase(old, steps, modes)
+    ours.write(modes, 0)
+    assert torch.allclose(getattr(whole, moving), weight, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [Rule(0.1, 0.9, 0.027), Rule(0.1, 0.9, 1.0), Rule(1e-3, 1 - 1e-6, 1e-4)])
+def test_a_rule_that_makes_weights_oscillate_is_refused(rule: Rule) -> None:
+    with pytest.raises(ValueError, match="oscillate"):
+        Modes(rule)
 
 
 def test_sampled_structures_lie_in_the_band_and_differ() -> None:
