@@ -6,28 +6,14 @@ determines its result.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from latency_profiler.cost import Constraint, Metric
+from service.fields import DescentSpec, Model, Name, ScratchSpec, Text
+from service.methods import UNSTRUCTURED, CollaborativeSpec, InterspaceSpec, MagnitudeSpec, Method
 
-
-def _storable(text: str) -> str:
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text must not hold NUL or lone surrogates")
-    return text
-
-
-Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Text = Annotated[str, AfterValidator(_storable)]
-"""Free text that every database can hold."""
 Effort = Literal["smoke", "quick", "standard", "paper"]
 Count = Annotated[int, Field(ge=1, le=2**53)]
-
-
-class Model(BaseModel):
-    """Unknown fields are refused, and so are NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class CountConstraint(Model):
@@ -56,20 +42,6 @@ class LatencyConstraint(Model):
 
 
 AnyConstraint = Annotated[CountConstraint | LatencyConstraint, Field(discriminator="metric")]
-
-
-class DescentSpec(Model):
-    """Stochastic gradient descent with momentum, the learning rate falling linearly epoch by epoch."""
-
-    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    batch_size: Annotated[int, Field(ge=2, le=4096)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    augment: bool | None = None
-    """Whether images are shifted and mirrored at random."""
 
 
 class TrainingSpec(DescentSpec):
@@ -111,12 +83,10 @@ class SearchSpec(Model):
     """Candidates must use at least this share of the tightest upper bound (0: upper bounds only, as for fronts)."""
 
 
-class RetrainingSpec(DescentSpec):
+class RetrainingSpec(ScratchSpec):
     """Training from scratch; `top` structures of the search are trained, of a front evenly spread over its cost."""
 
     top: Annotated[int, Field(ge=1, le=10)] | None = None
-    warm_up: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the training over which the learning rate rises to its value."""
 
 
 class FidelitySpec(Model):
@@ -132,7 +102,9 @@ class FidelitySpec(Model):
 class JobRequest(Model):
     """A search, as a user submits it; `resolve` fills in what is None."""
 
-    method: Literal["metapruning"] = "metapruning"
+    method: Method = "metapruning"
+    compare_with: Annotated[list[Method], Field(max_length=3)] = []  # noqa: RUF012 - pydantic copies it
+    """Further methods that work under the same budget, one after the other; the result has all winners side by side."""
     name: Annotated[Text, Field(max_length=200)] | None = None
     space: Name
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
@@ -143,13 +115,20 @@ class JobRequest(Model):
     constraints: Annotated[list[AnyConstraint], Field(min_length=1, max_length=8)]
     objective: Literal["best", "front"] = "best"
     """`front` looks for the best structures at every cost within the one constraint."""
-    measure_on: Annotated[list[Name], Field(max_length=8)] = []
+    measure_on: Annotated[list[Name], Field(max_length=8)] = []  # noqa: RUF012 - pydantic copies it
     """Devices that measure the winner although no constraint names them."""
     effort: Effort = "standard"
     training: TrainingSpec = TrainingSpec()
     search: SearchSpec = SearchSpec()
     retraining: RetrainingSpec = RetrainingSpec()
     fidelity: FidelitySpec = FidelitySpec()
+    dense: ScratchSpec = ScratchSpec()
+    """Training of the network that pruning methods begin with; as `retraining` where it says nothing."""
+    start: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-z-]+$")] | None = None
+    """A job on this space and dataset whose winner pruning methods begin with, instead of training a dense network."""
+    collaborative: CollaborativeSpec = CollaborativeSpec()
+    magnitude: MagnitudeSpec = MagnitudeSpec()
+    interspace: InterspaceSpec = InterspaceSpec()
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     baselines: bool = True
     """Whether the uniform network at the same budget is trained for comparison."""
@@ -173,6 +152,27 @@ class JobRequest(Model):
         if self.objective == "front" and self.search.least_budget_share:
             raise ValueError("a front has no least_budget_share; give its constraint a lower bound")
         return self
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> "JobRequest":
+        methods = self.methods
+        if len(set(methods)) < len(methods):
+            raise ValueError("every method can be named once")
+        if "metapruning" not in methods and (self.objective == "front" or self.fidelity.structures):
+            raise ValueError("fronts and fidelity belong to the method metapruning")
+        unstructured = [method for method in methods if method in UNSTRUCTURED]
+        bound = self.constraints[0]
+        if unstructured and (len(self.constraints) > 1 or bound.metric == "latency" or bound.min):
+            raise ValueError(
+                f"{unstructured[0]} prunes single weights, which changes no latency: give one upper bound, on the "
+                "parameters or flops that are kept"
+            )
+        return self
+
+    @property
+    def methods(self) -> list[Method]:
+        """All methods of the job, in the order in which they work."""
+        return [self.method, *self.compare_with]
 
 
 SGD = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1, "augment": True}
@@ -241,6 +241,16 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
     filled["fidelity"] = request.fidelity.model_copy(update={"epochs": epochs})
     if filled["search"].seed is None:
         filled["search"] = filled["search"].model_copy(update={"seed": request.seed})
+    filled["dense"] = _descent(request.dense, filled["retraining"])
+    tenth = {"learning_rate": filled["dense"].learning_rate / 10, "warm_up": 0.0}
+    fine_tuning = _descent(request.collaborative.fine_tuning, filled["dense"].model_copy(update=tenth))
+    filled["collaborative"] = request.collaborative.model_copy(update={"fine_tuning": fine_tuning})
     filled["image_size"] = request.image_size or native_image_size
     filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
     return request.model_copy(update=filled)
+
+
+def _descent(given: ScratchSpec, other: ScratchSpec) -> ScratchSpec:
+    """What is given, and else what another training has."""
+    fields = {name: getattr(other, name) for name in ScratchSpec.model_fields}
+    return ScratchSpec.model_validate(fields | given.model_dump(exclude_none=True))

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from latency_profiler.cost import Constraint, Metric, flops, parameters
+from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parameters
 from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingLatencies, NotFound
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
+from service.methods import UNSTRUCTURED
 from service.specs import JobRequest, TrainingSpec, resolve
-from service.store import datasets, measurements, structures
+from service.store import datasets, jobs, measurements, results, structures
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,18 @@ def prepare(session: Session, request: JobRequest) -> Submission:
         raise InvalidInput(str(error)) from error
     spec = resolve(request, dataset.image_size)
     assert spec.image_size is not None
-    check_steady(spec.training)
+    if "metapruning" in spec.methods:
+        check_steady(spec.training)
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")
+    if spec.start is not None:
+        check_start(session, spec.start, space, dataset.id)
     for bound in spec.constraints:
         constraint = bound.constraint()
-        table = measurements.load_table(session, constraint.device) if constraint.device else None
-        check_feasible(space, constraint, table)
+        if not UNSTRUCTURED.issuperset(spec.methods):
+            table = measurements.load_table(session, constraint.device) if constraint.device else None
+            check_feasible(space, constraint, table)
+        if UNSTRUCTURED.intersection(spec.methods):
+            check_masks(space, constraint)
     return Submission(spec, space, dataset.id)
 
 
@@ -63,6 +70,36 @@ def check_steady(training: TrainingSpec) -> None:
             f"training.weight_decay {training.weight_decay:g} makes weights oscillate at learning rate "
             f"{training.learning_rate:g} and momentum {training.momentum:g}; at most {most:.2g} is possible"
         )
+
+
+def check_start(session: Session, job_id: str, space: Space, dataset_id: str) -> None:
+    """See that a job has left a trained winner that pruning can begin with.
+
+    Raises:
+        InvalidInput: there is no such job, or its winner is none.
+    """
+    try:
+        job = jobs.get(session, job_id)
+    except NotFound as error:
+        raise InvalidInput(str(error)) from error
+    if (job.space_key, job.dataset_id) != (space.key, dataset_id):
+        raise InvalidInput(f"start: job {job_id} is on another space or dataset: {job.space_key}")
+    if results.winner(session, job_id) is None:
+        raise InvalidInput(f"start: job {job_id} has no trained winner without masks; it is {job.state.value}")
+
+
+def check_masks(space: Space, constraint: Constraint) -> None:
+    """Compare a bound on what masks keep with one weight in every layer.
+
+    Raises:
+        InfeasibleConstraint: not even those fit.
+    """
+    layers = [layer for layer in space.layers(space.channels(space.largest)) if layer_flops(layer)]
+    prices = [layer.out_size**2 if constraint.metric is Metric.FLOPS else 1 for layer in layers]
+    weights = [layer_flops(layer) // layer.out_size**2 for layer in layers]
+    if constraint.maximum < sum(prices):
+        dense = sum(count * price for count, price in zip(weights, prices, strict=True))
+        raise InfeasibleConstraint(constraint.metric.value, constraint.maximum, sum(prices), dense)
 
 
 def named_devices(request: JobRequest) -> list[str]:

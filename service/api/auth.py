@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import Depends, HTTPException, Path
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from service.specs import Name
+from service.fields import Name
 from service.store import keys
 from service.store.session import snapshot
 

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.api.auth import require
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
 from service.api.problems import responses
+from service.fields import Model, Name, Text
 from service.images import inspect
 from service.settings import get_settings
-from service.specs import Model, Name, Text
 from service.store import datasets
 from service.store.models import Dataset
 from service.store.session import snapshot, transaction

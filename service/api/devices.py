@@ -12,7 +12,7 @@ from latency_profiler.lookup_table import Fit
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
 from service.api.auth import Reader, Submitter
 from service.api.problems import responses
-from service.specs import Model, Name
+from service.fields import Model, Name
 from service.store import devices, measurements, repricing, work
 from service.store.measurements import Progress
 from service.store.models import Device, LookupTable, WorkState

@@ -14,7 +14,8 @@ from service import broker
 from service.api.auth import Reader, Submitter, require
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
 from service.api.problems import responses
-from service.specs import JobRequest, Name
+from service.fields import Name
+from service.specs import JobRequest
 from service.store import datasets, idempotency, jobs, structures
 from service.store.models import TERMINAL, Candidate, Job, JobState, Structure
 from service.store.results import milliseconds

@@ -14,7 +14,7 @@ from service import broker
 from service.api.auth import Reader, Submitter
 from service.api.devices import DevicePath, Seconds, Share, Spread, Text
 from service.api.problems import responses
-from service.specs import Model
+from service.fields import Model
 from service.store import devices, measurements
 from service.store.session import snapshot, transaction
 

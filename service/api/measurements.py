@@ -11,8 +11,8 @@ from service import broker
 from service.api.auth import Agent
 from service.api.devices import DevicePath, Seconds, Spread, Text
 from service.api.problems import responses
+from service.fields import Model
 from service.settings import get_settings
-from service.specs import Model
 from service.store import agents, devices
 from service.store.agents import Batch, Outcome
 from service.store.models import WorkKind

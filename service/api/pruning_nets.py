@@ -9,7 +9,7 @@ from service.api.auth import require
 from service.api.jobs import SpaceKey
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
 from service.api.problems import responses
-from service.specs import Name
+from service.fields import Name
 from service.store import datasets, pruning_nets
 from service.store.models import PruningNet
 from service.store.session import snapshot

@@ -13,7 +13,7 @@ from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import CHOICES, LARGEST_WIDTH, Slot, Space
 from service.api.auth import require
 from service.api.problems import responses
-from service.specs import Model, Name
+from service.fields import Model, Name
 from service.store import measurements
 from service.store.session import snapshot
 

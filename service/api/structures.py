@@ -14,7 +14,7 @@ from latency_profiler.spaces.space import Space
 from service.api.auth import require
 from service.api.jobs import SpaceKey
 from service.api.problems import responses
-from service.specs import Name
+from service.fields import Name
 from service.store import datasets, structures
 from service.store.blobs import blob_path
 from service.store.models import Candidate, Result, Role, Structure

@@ -12,6 +12,11 @@ from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
 from service.store.models import Candidate, Job, Structure, StructureLatency
 
+TURN = 100_000
+"""More than a method judges; keeps the positions of a job's methods and rounds apart."""
+PRUNED = ("kept", "prunable", "sparse_flops", "note")
+"""What is shown of a judgement besides what every candidate has."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -76,6 +81,35 @@ def record_generation(
         }
         for position, (structure_id, one) in enumerate(zip(ids, judged, strict=True))
     ]  # fmt: skip
+    if rows:
+        session.execute(insert(Candidate), rows)
+
+
+def record_pruning(
+    session: Session, job: Job, space: Space, method: str, turn: tuple[int, int], judged: Sequence[Mapping[str, Any]], known: int
+) -> None:
+    """Store what a pruning method judged on its way, as far as that is not stored yet.
+
+    Args:
+        turn: the method's place among those of the job, and the round of corrections.
+        judged: all judgements so far, as JSON; a round is a generation.
+        known: how many of them are stored.
+    """
+    fresh = list(enumerate(judged))[known:]
+    ids = add_structures(session, space, [tuple(one["channels"]) for _, one in fresh])
+    rows = []
+    for structure_id, (place, one) in zip(ids, fresh, strict=True):
+        layers = space.layers(one["channels"])
+        rows.append(
+            {
+                "job_id": job.id, "structure_id": structure_id, "space_key": f"{space.key}/{method}",
+                "dataset_id": job.dataset_id, "generation": one["round"], "position": (turn[0] * TURN + turn[1]) * TURN + place,
+                "encoding": [], "encoding_key": f"{method}:{turn[1]}.{place}", "flops": flops(layers),
+                "parameters": parameters(layers), "latencies": {}, "proxy_accuracy": one["accuracy"],
+                "proxy_loss": one["loss"], "birth": "pruning", "parents": [],
+                "pruned": {"method": method, **{name: one[name] for name in PRUNED}},
+            }
+        )  # fmt: skip
     if rows:
         session.execute(insert(Candidate), rows)
 

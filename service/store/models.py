@@ -105,6 +105,8 @@ class Role(StrEnum):
     UNIFORM = "uniform"
     FIDELITY = "fidelity"
     """A random structure of the budget, to see whether the PruningNet ranks structures as training does."""
+    DENSE = "dense"
+    """The network that a pruning method began with, before anything was pruned."""
 
 
 def _enum(kind: type[StrEnum]) -> Enum:
@@ -482,6 +484,7 @@ class Candidate(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     structure_id: Mapped[str] = mapped_column(ForeignKey("structures.id"))
     space_key: Mapped[str] = mapped_column(String(100))
+    """For what pruning methods judge, `<key>/<method>`: their accuracies are no proxies, and not ranked with them."""
     dataset_id: Mapped[str] = mapped_column(String(32))
     generation: Mapped[int]
     position: Mapped[int]
@@ -495,9 +498,11 @@ class Candidate(Base):
     proxy_accuracy: Mapped[float]
     proxy_loss: Mapped[float]
     birth: Mapped[str] = mapped_column(String(16))
-    """`random`, `mutation`, `crossover` or `enumeration`."""
+    """`random`, `mutation`, `crossover` or `enumeration`; `pruning` for what a pruning method judged on its way."""
     parents: Mapped[list[Any]]
     """Encoding keys of its parents."""
+    pruned: Mapped[dict[str, Any] | None]
+    """Of pruning methods: which method, what is kept of what, and a note; null for structures of a search."""
 
 
 class Chunk(Base):
@@ -528,12 +533,14 @@ class Result(Base):
     """A structure that a job trained from scratch, and what came out."""
 
     __tablename__ = "results"
-    __table_args__ = (UniqueConstraint("job_id", "structure_id", "role"),)
+    __table_args__ = (UniqueConstraint("job_id", "method", "structure_id", "role"),)
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     structure_id: Mapped[str] = mapped_column(ForeignKey("structures.id"), index=True)
     dataset_id: Mapped[str] = mapped_column(String(32))
     role: Mapped[Role] = mapped_column(_enum(Role))
+    method: Mapped[str] = mapped_column(String(16), default="metapruning")
+    """What found it; baselines belong to the job's first method."""
     rank: Mapped[int] = mapped_column(default=0)
     """0 is the winner; further ones are runners-up that `retraining.top` asked for."""
     proxy_accuracy: Mapped[float | None]
@@ -548,6 +555,10 @@ class Result(Base):
     """`weights.safetensors`."""
     model: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"))
     """`model.onnx`."""
+    masks: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"))
+    """`masks.safetensors`, of methods that prune single weights."""
+    pruned: Mapped[dict[str, Any] | None]
+    """Of pruning methods: what is kept of what, and what the method says of its outcome."""
     recipe: Mapped[str | None] = mapped_column(String(64), index=True)
     """Digest of all that determines the outcome; None where the job changed machines, so that nobody takes it over."""
     reused: Mapped[bool] = mapped_column(Boolean, default=False)

@@ -10,6 +10,8 @@ from latency_profiler.spaces.space import Space
 from service.store.candidates import add_structures
 from service.store.models import Candidate, Job, Result, Role, Structure
 
+METAPRUNING = "metapruning"
+
 
 def record(session: Session, job: Job, space: Space, channels: tuple[int, ...], role: Role, **values: Any) -> None:
     """Store a structure that was trained and tested; its latencies follow with `measured`."""
@@ -24,10 +26,16 @@ def of_job(session: Session, job_id: str) -> Sequence[Result]:
     return session.scalars(query.order_by(Result.role.desc(), Result.rank, Result.id)).all()
 
 
-def find(session: Session, job_id: str, structure_id: str, role: Role) -> Result | None:
+def find(session: Session, job_id: str, structure_id: str, role: Role, method: str = METAPRUNING) -> Result | None:
     """The result of one structure of a job, if it was trained already."""
     query = select(Result).where(Result.job_id == job_id, Result.structure_id == structure_id, Result.role == role)
-    return session.scalar(query)
+    return session.scalar(query.where(Result.method == method))
+
+
+def winner(session: Session, job_id: str) -> Result | None:
+    """A job's best winner that is an ordinary trained network, without masks."""
+    query = select(Result).where(Result.job_id == job_id, Result.role == Role.WINNER, Result.masks.is_(None))
+    return session.scalar(query.where(Result.weights.is_not(None)).order_by(Result.rank, Result.id).limit(1))
 
 
 def same_training(session: Session, recipe: str) -> Result | None:
@@ -66,6 +74,8 @@ def summary(session: Session, result: Result, encoding: Sequence[int] | None) ->
         "test_accuracy": result.test_accuracy,
         "test_loss": result.test_loss,
         "reused": result.reused,
+        "method": result.method,
+        "pruned": result.pruned,
     }
 
 

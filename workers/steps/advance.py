@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from service.store.models import Job, JobState
-from workers.steps import profiling, retraining, searching, training, verifying
+from service.store.results import METAPRUNING
+from workers.steps import profiling, pruning, retraining, searching, training, turns, verifying
 from workers.steps.context import Context
 from workers.steps.outcome import Outcome
 
@@ -15,6 +16,11 @@ STEPS: dict[JobState, Callable[[Context, Job], Outcome]] = {
     JobState.RETRAINING: retraining.step,
     JobState.VERIFYING: verifying.step,
 }
+PRUNING: dict[JobState, Callable[[Context, Job], Outcome]] = {
+    JobState.TRAINING: pruning.begin,
+    JobState.SEARCHING: pruning.step,
+}
+"""Of the methods that prune a network instead of searching with a PruningNet."""
 
 
 def advance(context: Context, job: Job) -> Outcome:
@@ -24,4 +30,6 @@ def advance(context: Context, job: Job) -> Outcome:
         LeaseLost: the job belongs to somebody else now; nothing was stored.
         SecateursError: the job cannot succeed; the caller ends it with this reason.
     """
+    if job.state in PRUNING and turns.current(context, job) != METAPRUNING:
+        return PRUNING[job.state](context, job)
     return STEPS[job.state](context, job)

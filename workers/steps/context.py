@@ -17,6 +17,7 @@ from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service import images
+from service.methods import UNSTRUCTURED
 from service.settings import Settings
 from service.specs import JobRequest
 from service.store import jobs
@@ -123,6 +124,10 @@ class Context:
         """The constraints, less their safety margins, with the tables and corrections that the job holds now."""
         held = [job.memory[name] for name in ("tables", "corrections", "margins")]
         return self.keep("budget", held, lambda: self._budget(*held))
+
+    def predict(self, job: Job, channels: Sequence[int]) -> dict[str, float]:
+        """Corrected seconds of a network; nothing where a job only masks weights, which its tables say nothing of."""
+        return {} if UNSTRUCTURED.issuperset(self.spec.methods) else self.budget(job).predict(channels)
 
     def _budget(self, tables: dict[str, str], corrections: dict[str, float], margins: dict[str, float]) -> Budget:
         loaded = {name: load_table(sha256) for name, sha256 in tables.items()}

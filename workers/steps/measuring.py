@@ -75,7 +75,7 @@ def off(context: Context, measured: Mapping[str, float], least: float = 0.0) -> 
 def corrected(
     context: Context, job: Job, channels: Sequence[int], measured: Mapping[str, float], allowed: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The job's memory with the corrections that measurements ask for, ready for another round of search.
+    """The job's memory with the corrections that measurements ask for, for another round.
 
     Raises:
         BudgetBroken: the rounds are used up.
@@ -91,10 +91,6 @@ def corrected(
         )  # fmt: skip
     if memory["round"] + 1 >= ROUNDS:
         raise BudgetBroken(figures)
-    evolution = dict(memory["evolution"])
-    more = max(2, evolution["settings"]["generations"] // 3)
-    evolution |= {"generations": evolution["generation"] + more, "exhausted": False, "exhaustive": None}
     return memory | {
-        "corrections": corrections, "figures": figures, "round": memory["round"] + 1, "evolution": evolution,
-        "since": None, "queue": [], "checkpoint": None,
+        "corrections": corrections, "figures": figures, "round": memory["round"] + 1, "since": None, "checkpoint": None
     }  # fmt: skip

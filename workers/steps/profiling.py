@@ -12,6 +12,7 @@ from latency_profiler.calibration import Verdict
 from latency_profiler.cost import flops
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies
 from latency_profiler.layers import Layer
+from service.methods import UNSTRUCTURED
 from service.store import blobs, devices, jobs, measurements, work
 from service.store.candidates import space_arguments
 from service.store.models import Job, JobState
@@ -56,13 +57,9 @@ def step(context: Context, job: Job) -> Outcome:
               for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
     margins = {name: verdicts[name].margin for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
-    budget, shortage = _budget(context, job, memory)
     warnings = [_doubt(name, verdicts[name]) for name in context.constrained_devices if verdicts[name].reason]
-    warnings += shortage
-    memory["flops"] = flops(context.space.layers(budget.uniform()))
-    if context.spec.objective == "front":
-        [bound] = budget.constraints
-        memory["least_flops"] = flops(context.space.layers(budget.uniform(bound.minimum / bound.maximum)))
+    if not UNSTRUCTURED.issuperset(context.spec.methods):
+        warnings += _sized(context, job, memory)
     with transaction() as session:
         for sha256 in pinned.values():
             blobs.register(session, sha256)
@@ -72,6 +69,16 @@ def step(context: Context, job: Job) -> Outcome:
             session, context.claim, state=JobState.TRAINING, memory=memory, warnings=[*job.warnings, *warnings]
         )
     return MOVED
+
+
+def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
+    """Note the FLOPs of the uniform networks at the ends of what is searched; returns warnings."""
+    budget, warnings = _budget(context, job, memory)
+    memory["flops"] = flops(context.space.layers(budget.uniform()))
+    if context.spec.objective == "front":
+        [bound] = budget.constraints
+        memory["least_flops"] = flops(context.space.layers(budget.uniform(bound.minimum / bound.maximum)))
+    return warnings
 
 
 def _budget(context: Context, job: Job, memory: dict[str, Any]) -> tuple[Budget, list[str]]:

@@ -18,6 +18,7 @@ from workers.steps import fidelity, trainers
 from workers.steps.context import Context
 from workers.steps.outcome import MOVED, Outcome
 from workers.steps.recipe import recipe
+from workers.steps.turns import Trial
 from workers.training import ScratchTrainer, TrainingSettings
 
 
@@ -27,7 +28,7 @@ def step(context: Context, job: Job) -> Outcome:
     with transaction() as session:
         waiting = [
             trial for trial in job.memory["queue"]
-            if results.find(session, job.id, trial["structure_id"], Role(trial["role"])) is None
+            if results.find(session, job.id, trial["structure_id"], Role(trial["role"]), trial["method"]) is None
         ]  # fmt: skip
         if not waiting and not to_judge:
             state = JobState.VERIFYING
@@ -35,10 +36,18 @@ def step(context: Context, job: Job) -> Outcome:
             return MOVED
     if not waiting:
         return fidelity.step(context, job)
-    trial = waiting[0]
+    train(context, job, waiting[0], len(job.memory["queue"]) - len(waiting), len(job.memory["queue"]))
+    return MOVED
+
+
+def train(context: Context, job: Job, trial: Trial, done: int, total: int) -> None:
+    """Train a network for a slice, test and store it at the end, or take an earlier training's outcome over.
+
+    Args:
+        done: networks that are trained, of so many in all; for the progress.
+    """
     if _take_over(context, job, trial):
-        return MOVED
-    done = len(job.memory["queue"]) - len(waiting)
+        return
     kept = job.memory.get("checkpoint") or {}
     sha256 = kept.get("sha256")
     trainer = context.keep(
@@ -47,7 +56,7 @@ def step(context: Context, job: Job) -> Outcome:
 
     def progress() -> dict[str, Any]:
         share = done + trainer.done / trainer.total
-        shown = {"phase": "retraining", "structure": trial["role"], "done": share, "total": len(job.memory["queue"])}
+        shown = {"phase": job.state.value, "structure": trial["role"], "done": share, "total": total}
         return {**shown, **trainer.latest()}
 
     trainers.advance(context, trainer, progress)
@@ -55,20 +64,21 @@ def step(context: Context, job: Job) -> Outcome:
         _save(context, job, trial, trainer, progress())
     else:
         _finish(context, job, trial, trainer)
-    return MOVED
 
 
-def _settings(context: Context, trial: dict[str, Any]) -> dict[str, Any]:
+def _settings(context: Context, trial: Trial) -> dict[str, Any]:
     """The request's fields for a trial: those that are trained to judge the proxy have epochs of their own."""
+    if trial["role"] == Role.DENSE:
+        return context.spec.dense.model_dump()
     settings = context.spec.retraining.model_dump()
     return settings | {"epochs": context.spec.fidelity.epochs} if trial["role"] == Role.FIDELITY else settings
 
 
-def _recipe(context: Context, trial: dict[str, Any]) -> str:
+def _recipe(context: Context, trial: Trial) -> str:
     return recipe(context, trial["channels"], TrainingSettings.of(_settings(context, trial)))
 
 
-def _take_over(context: Context, job: Job, trial: dict[str, Any]) -> bool:
+def _take_over(context: Context, job: Job, trial: Trial) -> bool:
     """Store what an earlier training by the same recipe gave; False where there is none with its files."""
     with transaction() as session:
         found = results.same_training(session, _recipe(context, trial))
@@ -79,39 +89,39 @@ def _take_over(context: Context, job: Job, trial: dict[str, Any]) -> bool:
             session, context, job, trial, test_accuracy=found.test_accuracy, test_loss=found.test_loss,
             weights=found.weights, model=found.model, reused=True,
         )  # fmt: skip
-        dropped = _replace(context, job, session, None)
-    _remove(dropped)
+        dropped = replace(context, job, session, None)
+    remove(dropped)
     context.forget("scratch")
     return True
 
 
-def _record(session: Session, context: Context, job: Job, trial: dict[str, Any], **outcome: Any) -> None:
+def _record(session: Session, context: Context, job: Job, trial: Trial, **outcome: Any) -> None:
     """The row of a trial; others may take it over only if one machine has made it."""
     channels = tuple(trial["channels"])
     results.record(
-        session, job, context.space, channels, Role(trial["role"]), rank=trial["rank"],
+        session, job, context.space, channels, Role(trial["role"]), method=trial["method"], rank=trial["rank"],
         proxy_accuracy=trial["proxy_accuracy"], settings=_settings(context, trial),
-        predicted=context.budget(job).predict(channels), recipe=_recipe(context, trial) if job.reproducible else None,
+        predicted=context.predict(job, channels), recipe=_recipe(context, trial) if job.reproducible else None,
         **outcome,
     )  # fmt: skip
 
 
-def _trainer(context: Context, trial: dict[str, Any], kept: dict[str, Any]) -> ScratchTrainer:
+def _trainer(context: Context, trial: Trial, kept: dict[str, Any]) -> ScratchTrainer:
     arguments = {"channels": trial["channels"], "settings": _settings(context, trial)}
     return trainers.build(context, trainers.scratch, arguments, kept.get("sha256"), kept.get("counters"))
 
 
-def _save(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchTrainer, progress: dict[str, Any]) -> None:
+def _save(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer, progress: dict[str, Any]) -> None:
     sha256 = checkpoints.save(context.settings.blobs, trainer.state())
     kept = {"sha256": sha256, "counters": trainer.counters()}
     with transaction() as session:
         blobs.register(session, sha256)
-        dropped = _replace(context, job, session, kept, progress=progress)
-    _remove(dropped)
+        dropped = replace(context, job, session, kept, progress=progress)
+    remove(dropped)
     context.rename("scratch", [trial["structure_id"], trial["role"], sha256])
 
 
-def _finish(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchTrainer) -> None:
+def _finish(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) -> None:
     """Test once, and store result and artifacts."""
     network, channels = trainer.network, tuple(trial["channels"])
     score = test(network, context.data, context.device)
@@ -125,12 +135,12 @@ def _finish(context: Context, job: Job, trial: dict[str, Any], trainer: ScratchT
             session, context, job, trial, test_accuracy=score.accuracy, test_loss=score.loss, weights=weights,
             model=onnx,
         )  # fmt: skip
-        dropped = _replace(context, job, session, None)
-    _remove(dropped)
+        dropped = replace(context, job, session, None)
+    remove(dropped)
     context.forget("scratch")
 
 
-def _replace(context: Context, job: Job, session: Any, kept: dict[str, Any] | None, **changes: Any) -> str | None:
+def replace(context: Context, job: Job, session: Any, kept: dict[str, Any] | None, **changes: Any) -> str | None:
     """The checkpoint that counts from now on; returns the one whose file may go."""
     old = (job.memory.get("checkpoint") or {}).get("sha256")
     jobs.save_step(session, context.claim, memory={**job.memory, "checkpoint": kept}, **changes)
@@ -138,6 +148,6 @@ def _replace(context: Context, job: Job, session: Any, kept: dict[str, Any] | No
     return old if not same and blobs.discard(session, old) else None
 
 
-def _remove(sha256: str | None) -> None:
+def remove(sha256: str | None) -> None:
     if sha256 is not None:
         blobs.blob_path(sha256).unlink(missing_ok=True)

@@ -11,12 +11,13 @@ from latency_profiler.spaces.space import Space
 from service.store import candidates, chunks, devices, jobs
 from service.store.candidates import Judged
 from service.store.models import Job, JobState, Role
+from service.store.results import METAPRUNING
 from service.store.session import transaction
 from workers import evolution
 from workers.budget import Budget
 from workers.evolution import Evolution, Proposal, Score
 from workers.front import Front
-from workers.steps import fidelity, measuring, scoring
+from workers.steps import fidelity, measuring, scoring, turns
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
@@ -121,9 +122,9 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     unused = LEAST_USED if again else 0.0
     if allowed := measuring.off(context, measured, unused):
         return search_on(context, job, channels, measured, allowed)
-    memory |= {"queue": _queue(context, job, search), "since": None, "checkpoint": None}
+    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search)]
     with transaction() as session:
-        jobs.save_step(session, context.claim, memory=memory, state=JobState.RETRAINING)
+        jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
     return MOVED
 
 
@@ -142,31 +143,36 @@ def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
 def search_on(
     context: Context, job: Job, channels: tuple[int, ...], measured: dict[str, float], allowed: dict[str, float]
 ) -> Outcome:
-    """Back to the search with the correction in the prediction."""
+    """Back to the search, for some generations more, with the correction in the prediction."""
+    evolution = dict(job.memory["evolution"])
+    more = max(2, evolution["settings"]["generations"] // 3)
+    evolution |= {"generations": evolution["generation"] + more, "exhausted": False, "exhaustive": None}
     memory = measuring.corrected(context, job, channels, measured, allowed)
-    with transaction() as session:
-        jobs.add_event(session, job.id, "warning", {"corrections": memory["corrections"], "figures": memory["figures"]})
-        jobs.save_step(session, context.claim, memory=memory, state=JobState.SEARCHING)
-    return MOVED
+    return turns.again(context, job, METAPRUNING, memory | {"evolution": evolution})
 
 
-def _queue(context: Context, job: Job, search: Evolution) -> list[dict[str, Any]]:
+def _queue(context: Context, job: Job, search: Evolution) -> list[turns.Trial]:
     """What to retrain: the best distinct structures, uniform networks at the same cost, and random ones."""
     space = context.space
     best = search.top(context.spec.retraining.top or 1, lambda encoding: space.digest(space.channels(encoding)))
-    queue = [
-        _trial(
-            space, Role.WINNER, rank, space.channels(one.proposal.encoding), one.proposal.encoding, one.score.accuracy
+    queue = []
+    for rank, one in enumerate(best):
+        encoding, proxy = one.proposal.encoding, one.score.accuracy
+        channels = space.channels(encoding)
+        queue.append(
+            turns.trial(
+                context, Role.WINNER, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy
+            )  # fmt: skip
         )
-        for rank, one in enumerate(best)
-    ]
     if context.spec.baselines:
         for rank, uniform in enumerate(_uniforms(context.budget(job), search, best)):
-            queue.append(_trial(space, Role.UNIFORM, rank, uniform, None, None))
-    return queue + [
-        _trial(space, Role.FIDELITY, rank, space.channels(encoding), encoding, None)
-        for rank, encoding in enumerate(fidelity.draw(context, job))
-    ]
+            queue.append(turns.trial(context, Role.UNIFORM, context.spec.method, uniform, rank=rank))
+    for rank, encoding in enumerate(fidelity.draw(context, job)):
+        channels = space.channels(encoding)
+        queue.append(
+            turns.trial(context, Role.FIDELITY, METAPRUNING, channels, rank=rank, encoding=encoding)
+        )
+    return queue
 
 
 def _uniforms(budget: Budget, search: Evolution, best: Sequence[evolution.Judged]) -> list[tuple[int, ...]]:
@@ -175,12 +181,3 @@ def _uniforms(budget: Budget, search: Evolution, best: Sequence[evolution.Judged
         return [budget.uniform()]
     costs = budget.tightness(np.array([one.proposal.encoding for one in best]))
     return [budget.uniform(cost) for cost in costs.tolist()]
-
-
-def _trial(
-    space: Space, role: Role, rank: int, channels: Sequence[int], encoding: Sequence[int] | None, proxy: float | None
-) -> dict[str, Any]:
-    return {
-        "role": role, "rank": rank, "structure_id": space.digest(channels), "channels": list(channels),
-        "encoding": list(encoding) if encoding else None, "proxy_accuracy": proxy,
-    }  # fmt: skip

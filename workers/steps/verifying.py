@@ -5,7 +5,7 @@ from typing import Any
 from service.store import jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
-from workers.steps import fidelity, measuring
+from workers.steps import fidelity, measuring, pruning
 from workers.steps.context import Context
 from workers.steps.outcome import ENDED, FOR_DEVICE, Outcome
 from workers.steps.searching import search_on
@@ -30,10 +30,11 @@ def step(context: Context, job: Job) -> Outcome:
         return FOR_DEVICE
     _store(context, job, found)
     winners = [trial for trial in memory["queue"] if trial["role"] == Role.WINNER]
-    for winner in winners if context.spec.objective == "front" else winners[:1]:
+    for winner in winners if context.spec.objective == "front" else [one for one in winners if not one["rank"]]:
         measured = found.get(winner["structure_id"], {})
         if allowed := measuring.off(context, measured):
-            return search_on(context, job, tuple(winner["channels"]), measured, allowed)
+            look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
+            return look_on(context, job, tuple(winner["channels"]), measured, allowed)
     constrained = [name for name in away if name in context.constrained_devices]
     return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, away)
 
@@ -47,7 +48,7 @@ def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> No
     with transaction() as session:
         jobs.load(session, context.claim)
         for trial in job.memory["queue"]:
-            row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]))
+            row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]), trial["method"])
             if row is not None:
                 results.measured(session, row.id, found.get(trial["structure_id"], {}))
 
@@ -63,23 +64,29 @@ def _end(context: Context, job: Job, state: JobState, away: list[str]) -> Outcom
 
 def _result(context: Context, job: Job, session: Any) -> dict[str, Any]:
     """What `GET /v1/jobs/{id}` shows as the result."""
-    shown: dict[str, list[dict[str, Any]]] = {Role.WINNER: [], Role.UNIFORM: []}
+    shown: list[dict[str, Any]] = []
     for trial in job.memory["queue"]:
-        row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]))
+        row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]), trial["method"])
         assert row is not None
-        shown[trial["role"]].append(results.summary(session, row, trial["encoding"]))
-    uniform: list[dict[str, Any] | None] = [*shown[Role.UNIFORM]] or [None] * len(shown[Role.WINNER])
-    front = [one | {"uniform": other} for one, other in zip(shown[Role.WINNER], uniform, strict=False)]
+        shown.append({**results.summary(session, row, trial["encoding"]), "role": trial["role"]})
+    winners, uniforms, denses = (
+        [one for one in shown if one["role"] == role] for role in (Role.WINNER, Role.UNIFORM, Role.DENSE)
+    )
+    first, *runners_up = [one for one in winners if one["method"] == context.spec.method]
+    members: list[dict[str, Any] | None] = [*uniforms] or [None] * len(winners)
+    front = [one | {"uniform": other} for one, other in zip([first, *runners_up], members, strict=False)]
     return {
-        "winner": shown[Role.WINNER][0],
-        "runners_up": shown[Role.WINNER][1:],
-        "uniform": uniform[0],
+        "winner": first,
+        "runners_up": runners_up,
+        "uniform": uniforms[0] if uniforms else None,
+        "dense": denses[0] if denses else None,
+        "methods": {method: next(one for one in winners if one["method"] == method) for method in context.spec.methods},
         "front": front[::-1] if context.spec.objective == "front" else None,
         "fidelity": job.memory.get("fidelity"),
         "candidates": results.candidate_count(session, job.id),
         "generations": jobs.generations(session, job.id),
-        "pruning_net_reused": job.memory["reused"],
-        "pruning_net": job.memory["net"],
+        "pruning_net_reused": job.memory.get("reused"),
+        "pruning_net": job.memory.get("net"),
         "rounds": job.memory["round"] + 1,
         "figures": job.memory.get("figures", []),
     }
