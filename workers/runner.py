@@ -27,6 +27,7 @@ from workers.parallel import ALONE, Ranks, launch, launched, local_rank
 from workers.placement import choose
 from workers.steps.advance import advance
 from workers.steps.context import Context
+from workers.steps.methods import MAKERS
 from workers.steps.trainers import follow
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def main(job_id: str, owner: str, fence: str, parent: str) -> int:
         if launched():
             team = Ranks(choose(settings.device, local_rank(), settings.training_processes), settings.stall_seconds)
         if isinstance(team, Ranks) and team.rank:
-            follow(team, lambda: Context(claim, settings, Silence(), guest=True, team=team))
+            follow(team, lambda: Context(claim, settings, Silence(), guest=True, team=team), MAKERS)
             return 0
         _run(Context(claim, settings, Console(), team=team))
     except LeaseLost as error:

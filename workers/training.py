@@ -113,7 +113,7 @@ class Trainer(abc.ABC):
         self.network.train()
         part = self._team.part(self._batch)
         while self.done < self.total:
-            rate = self.settings.rate(self.done, self.steps)
+            rate = self._rate()
             images, labels = self.batches.training(self.settings.batch_size, self.seed, self.done, self.device, part)
             self._update(images, labels, rate, self.done % self.steps)
             self.done += 1
@@ -126,6 +126,10 @@ class Trainer(abc.ABC):
     def counters(self) -> dict[str, Any]:
         """What is not a tensor of the state, as JSON."""
         return {"done": self.done, "history": self.history}
+
+    def _rate(self) -> float:
+        """Learning rate of the iteration; a trainer that trains more than once begins the schedule again."""
+        return self.settings.rate(self.done, self.steps)
 
     @abc.abstractmethod
     def state(self) -> dict[str, Tensor]:

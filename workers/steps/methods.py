@@ -24,7 +24,7 @@ from workers.pruners.magnitude import MagnitudePruner
 from workers.pruners.schedule import MagnitudeSettings, Scan
 from workers.steps import trainers, turns
 from workers.steps.context import Context
-from workers.training import TrainingSettings
+from workers.training import Trainer, TrainingSettings
 
 Network = tuple[tuple[int, ...], dict[str, Tensor] | None]
 """Channels of the network that is pruned, and its trained state if it is trained."""
@@ -51,8 +51,8 @@ def build(context: Context, job: Job, method: Method, kept: Mapping[str, Any]) -
         if kept:
             context.restore(pruner, kept["sha256"], kept["counters"])
         return pruner
-    makers = {"magnitude": magnitude, "interspace": interspace}
-    return trainers.build(context, makers[method], {"job_id": job.id}, kept.get("sha256"), kept.get("counters"))
+    make: Callable[..., Trainer] = magnitude if method == "magnitude" else interspace
+    return trainers.build(context, make, {"job_id": job.id}, kept.get("sha256"), kept.get("counters"))
 
 
 def advance(context: Context, pruner: Any, progress: Callable[[], dict[str, Any]]) -> None:
@@ -165,3 +165,7 @@ def _network(context: Context, job_id: str, method: Method) -> Network:
         channels = tuple(structures.get(session, found.structure_id).channels)
         path = blobs.blob_path(found.weights)
     return channels, checkpoints.load(path, found.weights)
+
+
+MAKERS = (*trainers.MAKERS, magnitude, interspace)
+"""Of all trainers that several processes build together."""

@@ -4,14 +4,16 @@
 work, slice by slice. What they judge on the way are candidates, and what they end with is tested and stored as a winner.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from latency_profiler.cost import Metric
+from latency_profiler.errors import SecateursError
 from latency_profiler.graphs import build_model
-from service.methods import UNSTRUCTURED, Method
+from service.methods import Method
 from service.store import blobs, candidates, jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
@@ -25,7 +27,7 @@ from workers.steps.context import Context
 from workers.steps.outcome import MOVED, Outcome
 
 
-class MaskTooDear(measuring.SecateursError):
+class MaskTooDear(SecateursError):
     """A pruning method keeps more than its budget; a defect of the method, which must not look like a success."""
 
 
@@ -84,9 +86,9 @@ def step(context: Context, job: Job) -> Outcome:
     sha256 = checkpoints.save(context.settings.blobs, pruner.state())
     with transaction() as session:
         blobs.register(session, sha256)
-        told = _tell(context, job, session, method, pruner)
+        job.memory = {**job.memory, "told": _tell(context, job, session, method, pruner)}
         checkpoint = {"sha256": sha256, "counters": pruner.counters()}
-        dropped = retraining.replace(context, job, session, checkpoint, progress=progress(), told=told)
+        dropped = retraining.replace(context, job, session, checkpoint, progress=progress())
     retraining.remove(dropped)
     context.rename("pruner", [*key, sha256])
     return MOVED
@@ -144,7 +146,7 @@ def _finish(context: Context, job: Job, method: Method, pruner: Any) -> None:
     retraining.remove(dropped)
 
 
-def _kept(context: Context, found: "methods.Pruned") -> dict[str, Any]:
+def _kept(context: Context, found: methods.Pruned) -> dict[str, Any]:
     """What masks keep, held against the budget once more."""
     if not found.masks:
         return {}
@@ -160,7 +162,5 @@ def _kept(context: Context, found: "methods.Pruned") -> dict[str, Any]:
     return kept
 
 
-def _as_json(judged: list[Judgement]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
+def _as_json(judged: Sequence[Judgement]) -> list[dict[str, Any]]:
     return [asdict(one) for one in judged]

@@ -36,7 +36,7 @@ def scratch(context: Context, channels: Sequence[int], settings: Mapping[str, An
     )  # fmt: skip
 
 
-MAKERS: dict[str, Callable[..., Trainer]] = {make.__name__: make for make in (pruning_net, scratch)}
+MAKERS: tuple[Callable[..., Trainer], ...] = (pruning_net, scratch)
 
 
 def build(
@@ -46,7 +46,8 @@ def build(
     """A trainer on all processes, that goes on from a checkpoint if there is one.
 
     Args:
-        arguments: of `make`, one of `MAKERS`; as JSON.
+        make: one of those that the other processes `follow` with.
+        arguments: of `make`, as JSON.
     """
     context.team.tell({"build": make.__name__, "arguments": dict(arguments)})
     trainer = make(context, **arguments)
@@ -63,8 +64,9 @@ def advance(context: Context, trainer: Trainer, progress: Callable[[], dict[str,
     trainer.advance(context.pause(SLICE, progress))
 
 
-def follow(team: Ranks, make_context: Callable[[], Context]) -> None:
+def follow(team: Ranks, make_context: Callable[[], Context], makers: Sequence[Callable[..., Trainer]]) -> None:
     """Do what process 0 tells, until it sends this process home."""
+    known = {make.__name__: make for make in makers}
     context: Context | None = None
     held: dict[str, Trainer] = {}
     while (order := team.hear()) is not None:
@@ -74,7 +76,7 @@ def follow(team: Ranks, make_context: Callable[[], Context]) -> None:
         context = context or make_context()
         held.clear()
         try:
-            trainer = MAKERS[order["build"]](context, **order["arguments"])
+            trainer = known[order["build"]](context, **order["arguments"])
         except SecateursError as error:  # process 0 has the same one, and ends the job with it
             log.warning("process %d: %s", team.rank, error)
             continue
