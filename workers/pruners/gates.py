@@ -31,7 +31,7 @@ def gated(network: PlainNetwork, gates: Mapping[int, Tensor], kind: Gate) -> Cal
 
 def passed(x: Tensor, slot: Slot, gates: Mapping[int, Tensor]) -> Tensor:
     """Maps (b, c, s, s) of a slot behind its gate, if it has one."""
-    gate = _of(slot, gates)
+    gate = of(slot, gates)
     return x if gate is None else x * gate[:, :, None, None]
 
 
@@ -46,7 +46,7 @@ def _activations(network: PlainNetwork, gates: Mapping[int, Tensor]) -> Callable
 def _weights(network: PlainNetwork, gates: Mapping[int, Tensor]) -> Callable[[int, Tensor], Tensor]:
     def compute(i: int, x: Tensor) -> Tensor:
         unit, y = network.space.units[i], network.compute(i, x)
-        gate = _of(unit.target, gates)
+        gate = of(unit.target, gates)
         if unit.op not in WEIGHTED or gate is None:
             return y
         silent = network.compute(i, torch.zeros_like(x[:1]))  # what a weight of zero gives: shift of the norm, or bias
@@ -55,5 +55,6 @@ def _weights(network: PlainNetwork, gates: Mapping[int, Tensor]) -> Callable[[in
     return compute
 
 
-def _of(slot: Slot, gates: Mapping[int, Tensor]) -> Tensor | None:
-    return None if slot.index is None else gates.get(slot.index)
+def of(slot: Slot, tensors: Mapping[int, Tensor]) -> Tensor | None:
+    """What there is for a slot in a mapping by slot index."""
+    return None if slot.index is None else tensors.get(slot.index)
