@@ -145,13 +145,23 @@ class Budget:
         at = bisect_left(shares, True, key=lambda share: not self._within(self.space.uniform(share), of))
         return self.space.uniform(shares[max(0, at - 1)])
 
+    def shares(self, channels: Ints) -> Floats:
+        """The largest share (n,) of an upper bound that any channels (n, s) use, also off the grid."""
+        return _tightest(self._priced(channels), self.constraints)
+
+    def allows(self, channels: Sequence[int]) -> bool:
+        """Whether any channels, also off the grid, are within all bounds."""
+        costs = self._priced(np.array([channels], dtype=np.int64))
+        return all(bound.allows(float(_values(costs, bound)[0])) for bound in self.constraints)
+
     def _within(self, channels: Sequence[int], of: float) -> bool:
-        seconds = self.predict(channels) if self.tables else {}
-        row = np.array([channels], dtype=np.int64)
-        costs = Costs(
-            self._costs.flops(row), self._costs.parameters(row), {d: np.array([s]) for d, s in seconds.items()}
-        )
+        costs = self._priced(np.array([channels], dtype=np.int64))
         return all(_values(costs, c)[0] <= of * c.maximum for c in self.constraints)
+
+    def _priced(self, channels: Ints) -> Costs:
+        rows = [self.predict(row) for row in channels.tolist()]
+        seconds = {device: np.array([row[device] for row in rows]) for device in self.tables}
+        return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
     def _check(self) -> None:
         ends = np.array([self.space.smallest, self.space.largest])

@@ -105,9 +105,10 @@ class PlainNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of images (b, 3, s, s)."""
-        return run(self.nodes, images, self._compute)
+        return run(self.nodes, images, self.compute)
 
-    def _compute(self, i: int, x: Tensor) -> Tensor:
+    def compute(self, i: int, x: Tensor) -> Tensor:
+        """Node i up to its batch norm, for `run`."""
         layer, name = self.nodes[i].layer, str(i)
         match layer.op:
             case Op.CONV | Op.DEPTHWISE:
@@ -124,7 +125,7 @@ class PlainNetwork(nn.Module):
         folded = {int(name): fold(conv, self.norms[name]) for name, conv in self.convs.items()}
 
         def compute(i: int, x: Tensor) -> Tensor:
-            return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self._compute(i, x)
+            return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self.compute(i, x)
 
         return lambda images: run(self.nodes, images, compute)
 

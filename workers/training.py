@@ -200,16 +200,22 @@ class Trainer(abc.ABC):
 
 
 class ScratchTrainer(Trainer):
-    """Trains one structure as an ordinary network, on the whole training set."""
+    """Trains one structure as an ordinary network, on the whole training set.
+
+    Args:
+        start: the state of the network to go on from; None is its initialisation from the seed.
+    """
 
     network: PlainNetwork
 
     def __init__(
         self, space: Space, channels: Sequence[int], data: Data, settings: TrainingSettings, seed: int,
-        device: torch.device, team: Team = ALONE,
+        device: torch.device, team: Team = ALONE, start: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(data.training, settings, seed, device, team)
         self.network = PlainNetwork(space, channels, seed).to(device)
+        if start is not None:
+            self.network.load_state_dict(start)
         team.share([*self.network.convs.parameters(), *self.network.linears.parameters()])
         self._sgd = Momentum(*self.network.decayed())
 

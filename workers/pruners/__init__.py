@@ -1,0 +1,1 @@
+"""Pruning of trained networks: pure algorithms that advance in resumable units."""
