@@ -3,6 +3,7 @@
 SecateursError
 ├── InvalidInput                 the caller's mistake; the message says what would be right
 │   ├── UnknownSpace
+│   ├── NoPruningNet
 │   ├── InvalidEncoding
 │   ├── InvalidChannels
 │   └── InvalidDataset
@@ -35,6 +36,14 @@ class UnknownSpace(InvalidInput):
     def __init__(self, name: str, known: Sequence[str]) -> None:
         self.name, self.known = name, tuple(known)
         super().__init__(f"unknown space {name!r}; known spaces: {', '.join(known)}")
+
+
+class NoPruningNet(InvalidInput):
+    """A space whose weights no PruningNet can generate: some of its free widths are not followed by batch norm."""
+
+    def __init__(self, space: str) -> None:
+        self.space = space
+        super().__init__(f"{space} has layers without batch norm, which a PruningNet needs; prune it by another method")
 
 
 class InvalidEncoding(InvalidInput):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Constraint, Metric, flops, parameters
-from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingLatencies, NotFound
+from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingLatencies, NoPruningNet, NotFound
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -30,6 +30,7 @@ def prepare(session: Session, request: JobRequest) -> Submission:
 
     Raises:
         InvalidInput: it names a space, dataset or device that does not exist.
+        NoPruningNet: the space is none that MetaPruning can search.
         InfeasibleConstraint: no structure satisfies a constraint.
     """
     try:
@@ -40,6 +41,8 @@ def prepare(session: Session, request: JobRequest) -> Submission:
     spec = resolve(request, dataset.image_size)
     assert spec.image_size is not None
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")
+    if spec.method == "metapruning" and not space.normed:
+        raise NoPruningNet(space.name)
     for bound in spec.constraints:
         constraint = bound.constraint()
         table = measurements.load_table(session, constraint.device) if constraint.device else None

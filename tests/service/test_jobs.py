@@ -80,6 +80,13 @@ def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -
     assert submit(client, search={"strategy": "luck"}).status_code == 422
 
 
+def test_a_space_without_batch_norm_has_no_pruning_net(client: TestClient) -> None:
+    refused = submit(client, space="lenet_5")
+    assert refused.status_code == 422
+    assert "lenet_5 has layers without batch norm" in refused.json()["detail"]
+    assert count_jobs() == 0
+
+
 @pytest.mark.parametrize("metric", ["flops", "parameters"])
 def test_a_budget_below_the_smallest_structure_is_refused_with_the_range(client: TestClient, metric: str) -> None:
     space = get_space("mobilenet_v1", 8, 0.25, 10, True)
