@@ -10,6 +10,8 @@ SecateursError
 ├── NotFound                     nothing has this name or id
 ├── InfeasibleConstraint         no structure of the space satisfies the budget
 ├── NothingFeasible              no structure was found that satisfies all constraints together
+├── BudgetMissed                 pruning ended before the budget was met
+├── LayerEmptied                 pruning left a layer without weights
 ├── DamagedCheckpoint            a checkpoint is missing or not what was saved
 ├── MissingLatencies             a lookup table lacks layers that were asked for
 ├── MeasurementFailed            a layer could not be measured; the reason is data
@@ -107,6 +109,32 @@ class NothingFeasible(SecateursError):
             "no structure was found that satisfies all constraints together; "
             "widen a bound, or lower the least share of the budget that candidates must use"
         )
+
+
+class BudgetMissed(SecateursError):
+    """Pruning ended before the budget was met.
+
+    Attributes:
+        metric: what is constrained.
+        asked, reached: the bound, and what the last good network has.
+    """
+
+    def __init__(self, metric: str, asked: int, reached: int) -> None:
+        self.metric, self.asked, self.reached = metric, asked, reached
+        super().__init__(f"pruning ended at {metric} {reached:,}, above the budget of {asked:,}")
+
+
+class LayerEmptied(SecateursError):
+    """Pruning left layers without weights, so that the network's output no longer depends on the image.
+
+    Attributes:
+        layers, round: which ones, and in which pruning iteration.
+    """
+
+    def __init__(self, layers: Sequence[str], number: int) -> None:
+        self.layers, self.round = tuple(layers), number
+        named = ", ".join(layers)
+        super().__init__(f"round {number} left {named} without weights; ask for a larger budget or other qualities")
 
 
 class DamagedCheckpoint(SecateursError):

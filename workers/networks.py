@@ -134,7 +134,7 @@ class PlainNetwork(nn.Module):
 
     def folded(self) -> Callable[[Tensor], Tensor]:
         """What the network does in eval mode, with its batch norms folded into the convolutions as they are now."""
-        folded = {int(name): fold(self.convs[name], norm) for name, norm in self.norms.items()}
+        folded = {int(name): fold(self.weight(int(name)), norm) for name, norm in self.norms.items()}
 
         def compute(i: int, x: Tensor) -> Tensor:
             return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self.compute(i, x)
@@ -178,21 +178,20 @@ def folded_weights(network: PlainNetwork) -> dict[str, npt.NDArray[np.float32]]:
             continue
         weight, bias = network.weight(i), network.bias(i)
         if node.layer.norm:
-            weight, bias = fold(network.convs[str(i)], network.norms[str(i)])
+            weight, bias = fold(weight, network.norms[str(i)])
         assert bias is not None
         arrays[f"{node.name}.weight"] = weight.detach().float().cpu().contiguous().numpy()
         arrays[f"{node.name}.bias"] = bias.detach().float().cpu().numpy()
     return arrays
 
 
-def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what `conv` and then `norm` in eval mode do."""
-    assert isinstance(conv, nn.Conv2d)
+def fold(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what one of this weight and then `norm` in eval mode do."""
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     assert norm.running_mean is not None
     factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+    return weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
 
 
 def _conv(layer: Layer) -> nn.Conv2d:
