@@ -55,15 +55,15 @@ def layer_flops(layer: Layer) -> int:
 
 
 def layer_parameters(layer: Layer) -> int:
-    """Trained numbers of one layer: weights, batch norm's scale and shift, a linear layer's bias."""
-    norm = 2 * layer.c_out if layer.norm else 0
+    """Trained numbers of one layer: its weights, and batch norm's scale and shift or a bias."""
+    behind = (2 if layer.norm else 1) * layer.c_out
     match layer.op:
         case Op.CONV:
-            return layer.c_out * layer.c_in * layer.kernel**2 + norm
+            return layer.c_out * layer.c_in * layer.kernel**2 + behind
         case Op.DEPTHWISE:
-            return layer.c_out * layer.kernel**2 + norm
+            return layer.c_out * layer.kernel**2 + behind
         case Op.LINEAR:
-            return layer.c_out * (layer.c_in + 1)
+            return layer.c_out * layer.c_in + behind
         case _:
             return 0
 
@@ -81,15 +81,14 @@ def parameters(layers: Sequence[Layer]) -> int:
 def authors_flops(space: Space, channels: Sequence[int]) -> int:
     """The count that MetaPruning's own search is constrained by (`cal_FLOPs.py`).
 
-    Multiply-adds, the classifier's bias, every element that enters a batch norm, a max or average pooling's window
+    Multiply-adds, every element that a bias is added to or that enters a batch norm, a max or average pooling's window
     sizes, and the elements of ReLU *modules* (ReLUs called as functions, as in the MobileNets, are not seen; nor are
     adaptive poolings and additions).
     """
     total = 0
     for layer in space.layers(channels):
         elements = layer.c_out * layer.out_size**2
-        total += layer_flops(layer) + (elements if layer.norm else 0)
-        total += layer.c_out if layer.op is Op.LINEAR else 0
+        total += layer_flops(layer) + (elements if layer_parameters(layer) else 0)
         total += elements if space.counts_relu and layer.activation is not Activation.NONE else 0
         if layer.op is Op.MAX_POOL or (layer.op is Op.GLOBAL_POOL and space.counts_global_pool):
             total += elements * layer.kernel**2

@@ -3,12 +3,15 @@
 SecateursError
 ├── InvalidInput                 the caller's mistake; the message says what would be right
 │   ├── UnknownSpace
+│   ├── NoPruningNet
 │   ├── InvalidEncoding
 │   ├── InvalidChannels
 │   └── InvalidDataset
 ├── NotFound                     nothing has this name or id
 ├── InfeasibleConstraint         no structure of the space satisfies the budget
 ├── NothingFeasible              no structure was found that satisfies all constraints together
+├── BudgetMissed                 pruning ended before the budget was met
+├── LayerEmptied                 pruning left a layer without weights
 ├── DamagedCheckpoint            a checkpoint is missing or not what was saved
 ├── MissingLatencies             a lookup table lacks layers that were asked for
 ├── MeasurementFailed            a layer could not be measured; the reason is data
@@ -35,6 +38,14 @@ class UnknownSpace(InvalidInput):
     def __init__(self, name: str, known: Sequence[str]) -> None:
         self.name, self.known = name, tuple(known)
         super().__init__(f"unknown space {name!r}; known spaces: {', '.join(known)}")
+
+
+class NoPruningNet(InvalidInput):
+    """A space whose weights no PruningNet can generate: some of its free widths are not followed by batch norm."""
+
+    def __init__(self, space: str) -> None:
+        self.space = space
+        super().__init__(f"{space} has layers without batch norm, which a PruningNet needs; prune it by another method")
 
 
 class InvalidEncoding(InvalidInput):
@@ -98,6 +109,32 @@ class NothingFeasible(SecateursError):
             "no structure was found that satisfies all constraints together; "
             "widen a bound, or lower the least share of the budget that candidates must use"
         )
+
+
+class BudgetMissed(SecateursError):
+    """Pruning ended before the budget was met.
+
+    Attributes:
+        metric: what is constrained.
+        asked, reached: the bound, and what the last good network has.
+    """
+
+    def __init__(self, metric: str, asked: int, reached: int) -> None:
+        self.metric, self.asked, self.reached = metric, asked, reached
+        super().__init__(f"pruning ended at {metric} {reached:,}, above the budget of {asked:,}")
+
+
+class LayerEmptied(SecateursError):
+    """Pruning left layers without weights, so that the network's output no longer depends on the image.
+
+    Attributes:
+        layers, round: which ones, and in which pruning iteration.
+    """
+
+    def __init__(self, layers: Sequence[str], number: int) -> None:
+        self.layers, self.round = tuple(layers), number
+        named = ", ".join(layers)
+        super().__init__(f"round {number} left {named} without weights; ask for a larger budget or other qualities")
 
 
 class DamagedCheckpoint(SecateursError):

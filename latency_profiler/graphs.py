@@ -37,7 +37,7 @@ Kind = tuple[str, list[str], dict[str, Any]]
 def build_model(
     nodes: Sequence[Node], *, weights: Mapping[str, Array] | None = None, batch: int = 1, seed: int = 0
 ) -> onnx.ModelProto:
-    """The graph of a network from `image` (n, c, s, s) to `output`.
+    """The graph of a network from `image` (n, c, s, s), or (n, c * s * s) if its first layer is linear, to `output`.
 
     Args:
         nodes: the network; its last node is the output.

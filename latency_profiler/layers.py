@@ -37,7 +37,8 @@ class Layer:
     """One fused operator and the shape of its input.
 
     `size` is the side of the input in pixels (1 for a linear layer, whose `c_in` counts flattened features).
-    `norm` says that batch norm is trained behind a convolution; a runtime folds it into the weights.
+    `norm` says that batch norm is trained behind a convolution, which a runtime folds into the weights; without it the
+    convolution has a bias, as linear layers do.
     """
 
     op: Op

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parameters
-from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingLatencies, NotFound
+from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingLatencies, NoPruningNet, NotFound
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -32,6 +32,7 @@ def prepare(session: Session, request: JobRequest) -> Submission:
 
     Raises:
         InvalidInput: it names a space, dataset or device that does not exist.
+        NoPruningNet: the space is none that MetaPruning can search.
         InfeasibleConstraint: no structure satisfies a constraint.
     """
     try:
@@ -41,11 +42,13 @@ def prepare(session: Session, request: JobRequest) -> Submission:
         raise InvalidInput(str(error)) from error
     spec = resolve(request, dataset.image_size)
     assert spec.image_size is not None
-    if "metapruning" in spec.methods:
-        check_steady(spec.training)
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")
     if spec.start is not None:
         check_start(session, spec.start, space, dataset.id)
+    if "metapruning" in spec.methods:
+        check_steady(spec.training)
+        if not space.normed:
+            raise NoPruningNet(space.name)
     for bound in spec.constraints:
         constraint = bound.constraint()
         if not UNSTRUCTURED.issuperset(spec.methods):

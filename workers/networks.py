@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from latency_profiler.layers import Activation, Layer, Node, Op
-from latency_profiler.spaces.space import IMAGE, Space
+from latency_profiler.spaces.space import IMAGE, WEIGHTED, Space
 from workers.norms import Norm
 
 NORM_EPSILON = 1e-5
@@ -72,9 +72,10 @@ def pool(layer: Layer, x: Tensor) -> Tensor:
 
 
 class PlainNetwork(nn.Module):
-    """One structure as an ordinary network: convolutions with batch norm, He initialisation from `seed`.
+    """One structure as an ordinary network, initialised from `seed`.
 
-    Sub-modules: `convs.<i>`, `norms.<i>`, `linears.<i>`, with i the index of the node.
+    Sub-modules: `convs.<i>`, `norms.<i>`, `linears.<i>`, with i the index of the node. A convolution without batch norm
+    has a bias.
     """
 
     def __init__(self, space: Space, channels: Sequence[int], seed: int = 0) -> None:
@@ -85,35 +86,46 @@ class PlainNetwork(nn.Module):
         for i, node in enumerate(self.nodes):
             if node.layer.op in (Op.CONV, Op.DEPTHWISE):
                 self.convs[str(i)] = _conv(node.layer)
-                self.norms[str(i)] = Norm(node.layer.c_out, eps=NORM_EPSILON)
+                if node.layer.norm:
+                    self.norms[str(i)] = Norm(node.layer.c_out, eps=NORM_EPSILON)
             elif node.layer.op is Op.LINEAR:
                 self.linears[str(i)] = bare(nn.Linear, node.layer.c_in, node.layer.c_out)
         self.initialise(seed)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """He initialisation (fan-out for convolutions); classifiers with deviation 0.01 and zero bias."""
+        """He initialisation (fan-out for convolutions, fan-in for hidden linear layers); zero biases.
+
+        Classifiers have the deviation 0.01.
+        """
         random = torch.Generator().manual_seed(seed)
         for conv in self.convs.values():
             assert isinstance(conv, nn.Conv2d)
             fan_out = conv.out_channels * conv.kernel_size[0] ** 2 // conv.groups
             conv.weight.normal_(0.0, (2.0 / fan_out) ** 0.5, generator=random)
-        for linear in self.linears.values():
+            if conv.bias is not None:
+                conv.bias.zero_()
+        for name, linear in self.linears.items():
             assert isinstance(linear, nn.Linear)
-            linear.weight.normal_(0.0, 0.01, generator=random)
+            hidden = self.nodes[int(name)].layer.activation is not Activation.NONE
+            linear.weight.normal_(0.0, (2.0 / linear.in_features) ** 0.5 if hidden else 0.01, generator=random)
             linear.bias.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of images (b, 3, s, s)."""
-        return run(self.nodes, images, self.compute)
+        return self.run(images, self.compute)
+
+    def run(self, images: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Logits of images (b, 3, s, s) where `apply` computes the nodes (`compute` does it as they are)."""
+        return run(self.nodes, images.mean(1, keepdim=True) if self.space.image_channels == 1 else images, apply)
 
     def compute(self, i: int, x: Tensor) -> Tensor:
-        """Node i up to its batch norm, for `run`."""
+        """Node i, up to its addition and activation."""
         layer, name = self.nodes[i].layer, str(i)
         match layer.op:
             case Op.CONV | Op.DEPTHWISE:
-                y: Tensor = self.norms[name](convolve(layer, x, self.weight(i)))
-                return y
+                y = convolve(layer, x, self.weight(i), self.bias(i))
+                return self.norms[name](y) if layer.norm else y
             case Op.LINEAR:
                 z: Tensor = self.linears[name](x.flatten(1))
                 return z
@@ -122,18 +134,25 @@ class PlainNetwork(nn.Module):
 
     def folded(self) -> Callable[[Tensor], Tensor]:
         """What the network does in eval mode, with its batch norms folded into the convolutions as they are now."""
-        folded = {int(name): fold(conv, self.norms[name]) for name, conv in self.convs.items()}
+        folded = {int(name): fold(self.weight(int(name)), norm) for name, norm in self.norms.items()}
 
         def compute(i: int, x: Tensor) -> Tensor:
             return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self.compute(i, x)
 
-        return lambda images: run(self.nodes, images, compute)
+        return lambda images: self.run(images, compute)
 
     def weight(self, i: int) -> Tensor:
-        """Weight of the convolution at node i."""
-        conv = self.convs[str(i)]
-        assert isinstance(conv, nn.Conv2d)
-        return conv.weight
+        """Weight (c_out, c_in / groups, k, k) of the convolution, or (c_out, c_in) of the linear layer, at node i."""
+        return self._weighted(i).weight
+
+    def bias(self, i: int) -> Tensor | None:
+        """Bias (c_out,) of the layer at node i; None where batch norm has it."""
+        return self._weighted(i).bias
+
+    def _weighted(self, i: int) -> nn.Conv2d | nn.Linear:
+        layer = (self.convs if str(i) in self.convs else self.linears)[str(i)]
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        return layer
 
     def decayed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters with and without weight decay: dense convolutions and linear layers have it.
@@ -155,34 +174,30 @@ def folded_weights(network: PlainNetwork) -> dict[str, npt.NDArray[np.float32]]:
     """`<node>.weight` and `<node>.bias` with batch norm folded into its convolution, as a runtime deploys them."""
     arrays: dict[str, npt.NDArray[np.float32]] = {}
     for i, node in enumerate(network.nodes):
-        name = str(i)
-        if name in network.convs:
-            weight, bias = fold(network.convs[name], network.norms[name])
-        elif name in network.linears:
-            linear = network.linears[name]
-            assert isinstance(linear, nn.Linear)
-            weight, bias = linear.weight, linear.bias
-        else:
+        if node.layer.op not in WEIGHTED:
             continue
+        weight, bias = network.weight(i), network.bias(i)
+        if node.layer.norm:
+            weight, bias = fold(weight, network.norms[str(i)])
+        assert bias is not None
         arrays[f"{node.name}.weight"] = weight.detach().float().cpu().contiguous().numpy()
         arrays[f"{node.name}.bias"] = bias.detach().float().cpu().numpy()
     return arrays
 
 
-def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what `conv` and then `norm` in eval mode do."""
-    assert isinstance(conv, nn.Conv2d)
+def fold(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what one of this weight and then `norm` in eval mode do."""
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     assert norm.running_mean is not None
     factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+    return weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
 
 
 def _conv(layer: Layer) -> nn.Conv2d:
     return bare(
         nn.Conv2d, layer.c_in, layer.c_out, layer.kernel, stride=layer.stride, padding=layer.padding,
-        groups=layer.c_in if layer.op is Op.DEPTHWISE else 1, bias=False,
+        groups=layer.c_in if layer.op is Op.DEPTHWISE else 1, bias=not layer.norm,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latency_profiler.errors import NoPruningNet
 from latency_profiler.layers import Op
 from latency_profiler.spaces.space import CHOICES, IMAGE, Slot, Space, Unit, scale
 from workers.networks import NORM_EPSILON, PlainNetwork, convolve, pool, run
@@ -120,6 +121,9 @@ class PruningNet(nn.Module):
             shares plain weights instead of generating them.
         normalised: scale every generated weight to He's deviation (not in the publication). A batch norm follows, so
             the network's outputs stay the same; the gradients become alike for all widths.
+
+    Raises:
+        NoPruningNet: the space has free widths without batch norm.
     """
 
     scales: Tensor
@@ -128,6 +132,8 @@ class PruningNet(nn.Module):
         self, space: Space, hidden: int | None = None, seed: int = 0, *, normalised: bool = False
     ) -> None:  # fmt: skip
         super().__init__()
+        if not space.normed:
+            raise NoPruningNet(space.name)
         self.space = space
         affine = all(unit.shortcut is None for unit in space.units)
         self.generators, self.norms, self.classifiers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()

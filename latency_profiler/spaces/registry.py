@@ -3,10 +3,12 @@
 from functools import lru_cache
 
 from latency_profiler.errors import InvalidInput, UnknownSpace
-from latency_profiler.spaces import mobilenet_v1, mobilenet_v2, resnet, vgg
+from latency_profiler.spaces import lenet, mobilenet_v1, mobilenet_v2, resnet, vgg
 from latency_profiler.spaces.space import Blueprint, Draw, Space
 
 SPACES: dict[str, Draw] = {
+    "lenet_300_100": lenet.draw_300_100,
+    "lenet_5": lenet.draw_5,
     "mobilenet_v1": mobilenet_v1.draw,
     "mobilenet_v2": mobilenet_v2.draw,
     "resnet20": resnet.draw_resnet20,

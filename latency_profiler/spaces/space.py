@@ -20,6 +20,8 @@ from latency_profiler.layers import Activation, Layer, Node, Op
 
 CHOICES = 31
 IMAGE = -1
+WEIGHTED = (Op.CONV, Op.DEPTHWISE, Op.LINEAR)
+"""Operators that have weights."""
 LARGEST_WIDTH = 65_536
 
 
@@ -94,7 +96,8 @@ class Unit:
 class Space:
     """A backbone with the choices allowed per gene, at an image size, width multiplier and class count.
 
-    `counts_relu` and `counts_global_pool` say which modules the authors' FLOPs counter sees in this family.
+    `counts_relu` and `counts_global_pool` say which modules the authors' FLOPs counter sees in this family. A space
+    with one image channel sees colour images in grey.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Space:
     units: tuple[Unit, ...]
     counts_relu: bool
     counts_global_pool: bool
+    image_channels: int
 
     @property
     def key(self) -> str:
@@ -117,6 +121,11 @@ class Space:
     def slots(self) -> tuple[Slot, ...]:
         """All slots in the order of channels."""
         return self.genes + self.fixed
+
+    @property
+    def normed(self) -> bool:
+        """Whether every layer whose width is free ends in batch norm, as a PruningNet needs it."""
+        return all(unit.norm for unit in self.units if unit.target in self.slots and unit.op in WEIGHTED)
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
@@ -220,6 +229,7 @@ class Blueprint:
     width: float
     classes: int
     free_last: bool
+    image_channels: int = 3
     genes: list[Slot] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
 
@@ -236,13 +246,13 @@ class Blueprint:
 
     def conv(
         self, source: int, target: Slot, kernel: int, *, stride: int = 1, padding: int | None = None,
-        activation: Activation = Activation.NONE, shortcut: int | None = None, name: str,
-        encoding: tuple[Slot, ...], norm_slot: Slot | None = None,
+        activation: Activation = Activation.NONE, norm: bool = True, shortcut: int | None = None, name: str,
+        encoding: tuple[Slot, ...] = (), norm_slot: Slot | None = None,
     ) -> int:  # fmt: skip
-        """A dense convolution with batch norm; `padding` None keeps the size at stride 1."""
+        """A dense convolution with batch norm or a bias; `padding` None keeps the size at stride 1."""
         return self._add(
             name, Op.CONV, source, target, kernel=kernel, stride=stride,
-            padding=kernel // 2 if padding is None else padding, activation=activation, norm=True,
+            padding=kernel // 2 if padding is None else padding, activation=activation, norm=norm,
             shortcut=shortcut, encoding=encoding, norm_slot=norm_slot or target,
         )  # fmt: skip
 
@@ -287,10 +297,11 @@ class Blueprint:
         return Space(
             name, self.image_size, self.width, self.classes, self.free_last,
             tuple(self.genes[:free]), tuple(self.genes[free:]), tuple(self.units), counts_relu, counts_global_pool,
+            self.image_channels,
         )  # fmt: skip
 
     def _slot(self, node: int) -> Slot:
-        return Slot("image", 3, None) if node == IMAGE else self.units[node].target
+        return Slot("image", self.image_channels, None) if node == IMAGE else self.units[node].target
 
     def _add(self, name: str, op: Op, source: int, target: Slot, **fields: Any) -> int:
         size = 1 if op is Op.LINEAR else self.size(source)

@@ -18,7 +18,7 @@ from latency_profiler.tensors import Array, network_inputs, random_inputs, rando
 
 STRUCTURES = [
     ("mobilenet_v1", 8), ("mobilenet_v2", 16), ("resnet20", 16), ("resnet50", 8), ("resnet50", 72), ("vgg16", 8),
-    ("vgg16", 32),
+    ("vgg16", 32), ("lenet_300_100", 8), ("lenet_5", 8), ("lenet_5", 28),
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ COMPUTING = ["ncnn", "onnxruntime", "openvino", "torch"]
 NAMES = [*COMPUTING, "simulated"]
 NETWORKS = [
     ("mobilenet_v1", 8), ("mobilenet_v2", 16), ("resnet20", 16), ("resnet50", 8), ("resnet50", 72), ("vgg16", 8),
+    ("lenet_300_100", 8), ("lenet_5", 28),
 ]  # fmt: skip
 NEAR = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2}
 """Largest difference to float64, as a share of the largest output: 50 layers deep, each rounds once more."""

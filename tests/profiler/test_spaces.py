@@ -115,7 +115,8 @@ def test_layers_fit_together(drawn: tuple[Space, tuple[int, ...]]) -> None:
     for index, node in enumerate(nodes):
         assert node.input < index
         before = nodes[node.input].layer if node.input >= 0 else None
-        given_channels, given_size = (before.c_out, before.out_size) if before else (3, space.image_size)
+        image = space.image_channels, space.image_size
+        given_channels, given_size = (before.c_out, before.out_size) if before else image
         if node.layer.op is Op.LINEAR:
             assert node.layer.c_in == given_channels * given_size**2
         else:
@@ -162,9 +163,37 @@ def test_published_resnets_for_cifar() -> None:
     assert parameters(layers) == weights + norms + projections + 650
 
 
+def test_published_lenets() -> None:
+    """Han et al., table 1: 267 K and 431 K parameters on 28×28 grey images; the layers' weights as in their tables."""
+    three, five = get_space("lenet_300_100", 28, 1.0, 10), get_space("lenet_5", 28, 1.0, 10)
+    of_three, of_five = (space.layers(space.channels(space.largest)) for space in (three, five))
+    assert parameters(of_three) == 266_610 == 784 * 300 + 300 * 100 + 100 * 10 + 410
+    assert parameters(of_five) == 431_080 == 25 * 20 + 25 * 20 * 50 + 16 * 50 * 500 + 500 * 10 + 580
+    assert [flops([layer]) for layer in of_three] == [235_200, 30_000, 1_000]
+    assert [layer.out_size for layer in of_five] == [24, 12, 8, 4, 1, 1]
+    assert [flops([layer]) for layer in of_five] == [24**2 * 500, 0, 8**2 * 25_000, 0, 400_000, 5_000]
+    elements, windows = 24**2 * 20 + 8**2 * 50 + 500, 4 * (12**2 * 20 + 4**2 * 50)
+    counted = flops(of_five) + (elements + 10) + elements + windows  # biases, ReLUs, poolings
+    assert authors_flops(five, five.channels(five.largest)) == counted
+
+
+def test_lenets_scale_with_the_image() -> None:
+    """Unpadded as far as they go: 16 pixels leave one; 8 are padded to leave two."""
+    for size, left in ((8, 2), (15, 3), (16, 1), (28, 4), (32, 5)):
+        space = get_space("lenet_5", size, 1.0, 10)
+        layers = space.layers(space.channels(space.largest))
+        assert layers[4].c_in == 50 * left**2
+    assert get_space("lenet_300_100", 8).layers((300, 100))[0].c_in == 64
+
+
+def test_spaces_without_batch_norm_say_so() -> None:
+    assert {name for name in SPACES if not get_space(name, 32).normed} == {"lenet_300_100", "lenet_5"}
+    assert get_space("vgg16", 224).normed, "its hidden linear layers are fixed"
+
+
 def test_wrong_input_is_explained() -> None:
     space = get_space("mobilenet_v1", 32, 0.5, 10)
-    with pytest.raises(UnknownSpace, match="known spaces: mobilenet_v1"):
+    with pytest.raises(UnknownSpace, match=r"known spaces: .*mobilenet_v1"):
         get_space("alexnet")
     with pytest.raises(InvalidInput, match="image size is 4; it must be 8 to 512"):
         get_space("vgg16", 4)

@@ -88,6 +88,13 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
     assert submit(client, training={"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.013}).status_code == 202
 
 
+def test_a_space_without_batch_norm_has_no_pruning_net(client: TestClient) -> None:
+    refused = submit(client, space="lenet_5")
+    assert refused.status_code == 422
+    assert "lenet_5 has layers without batch norm" in refused.json()["detail"]
+    assert count_jobs() == 0
+
+
 @pytest.mark.parametrize("metric", ["flops", "parameters"])
 def test_a_budget_below_the_smallest_structure_is_refused_with_the_range(client: TestClient, metric: str) -> None:
     space = get_space("mobilenet_v1", 8, 0.25, 10, True)

@@ -5,9 +5,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latency_profiler.cost import flops, parameters
+from latency_profiler.graphs import build_model
 from latency_profiler.layers import Op
 from latency_profiler.spaces.registry import SPACES, get_space
-from latency_profiler.spaces.space import CHOICES
+from latency_profiler.spaces.space import CHOICES, IMAGE
+from latency_profiler.tensors import network_inputs
+from tests.profiler.test_graphs import onnx_result
 from workers.networks import PlainNetwork, folded_weights, run
 
 
@@ -82,3 +85,33 @@ def test_folding_batch_norms_changes_only_rounding(name: str) -> None:
         plain, folded = network(images), network.folded()(images)
     assert not torch.equal(plain, network.train()(images))
     assert torch.allclose(plain, folded, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["lenet_300_100", "lenet_5"])
+def test_a_lenet_reads_the_mean_over_colours_and_is_exported_with_its_biases(name: str) -> None:
+    space = get_space(name, 16, 0.2, 4, True)
+    network = PlainNetwork(space, space.uniform(0.5), 3).eval()
+    for i, node in enumerate(network.nodes):
+        if node.layer.op in (Op.CONV, Op.LINEAR):
+            network.bias(i).data.normal_(generator=torch.Generator().manual_seed(i))
+    assert not network.norms
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    grey = images.mean(1, keepdim=True)
+    arrays = folded_weights(network)
+    result = onnx_result(build_model(network.nodes, weights=arrays, batch=5), {IMAGE: entering(network, grey)})
+    with torch.inference_mode():
+        assert torch.equal(network(images), network(grey))
+        np.testing.assert_allclose(result, network(images).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def entering(network: PlainNetwork, grey: torch.Tensor) -> np.ndarray:
+    """As the graph reads it: a linear first layer takes the pixels of an image in a row."""
+    (shape,) = network_inputs(network.nodes, len(grey)).values()
+    return grey.reshape(shape).numpy()
+
+
+def test_hidden_linear_layers_begin_with_hes_deviation_and_classifiers_with_a_small_one() -> None:
+    space = get_space("lenet_300_100", 28, 1.0, 10)
+    network = PlainNetwork(space, space.channels(space.largest), 0)
+    deviations = [network.weight(i).std().item() for i in range(3)]
+    assert deviations == pytest.approx([(2 / 784) ** 0.5, (2 / 300) ** 0.5, 0.01], rel=0.05)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from latency_profiler.errors import NoPruningNet
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import CHOICES, Space, scale, width_of
 from workers.networks import PlainNetwork
@@ -119,3 +120,8 @@ def test_crop_is_independent_of_the_net() -> None:
     plain.train()
     plain(torch.randn(8, 3, 16, 16)).sum().backward()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_spaces_without_batch_norm_are_refused() -> None:
+    with pytest.raises(NoPruningNet, match="lenet_5 has layers without batch norm"):
+        PruningNet(get_space("lenet_5", 8))

@@ -1,1 +1,1 @@
-"""Pruning of trained networks: pure algorithms that advance in resumable units."""
+"""Pruning methods; they know nothing of the service."""
