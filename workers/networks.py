@@ -121,7 +121,7 @@ class PlainNetwork(nn.Module):
 
     def folded(self) -> Callable[[Tensor], Tensor]:
         """What the network does in eval mode, with its batch norms folded into the convolutions as they are now."""
-        folded = {int(name): fold(conv, self.norms[name]) for name, conv in self.convs.items()}
+        folded = {int(name): fold(self.weight(int(name)), norm) for name, norm in self.norms.items()}
 
         def compute(i: int, x: Tensor) -> Tensor:
             return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self._compute(i, x)
@@ -156,7 +156,7 @@ def folded_weights(network: PlainNetwork) -> dict[str, npt.NDArray[np.float32]]:
     for i, node in enumerate(network.nodes):
         name = str(i)
         if name in network.convs:
-            weight, bias = fold(network.convs[name], network.norms[name])
+            weight, bias = fold(network.weight(i), network.norms[name])
         elif name in network.linears:
             linear = network.linears[name]
             assert isinstance(linear, nn.Linear)
@@ -168,14 +168,13 @@ def folded_weights(network: PlainNetwork) -> dict[str, npt.NDArray[np.float32]]:
     return arrays
 
 
-def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what `conv` and then `norm` in eval mode do."""
-    assert isinstance(conv, nn.Conv2d)
+def fold(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what one of this weight and then `norm` in eval mode do."""
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     assert norm.running_mean is not None
     factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+    return weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
 
 
 def _conv(layer: Layer) -> nn.Conv2d:

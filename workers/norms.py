@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import has_torch_function
 
@@ -82,6 +83,7 @@ class _ByRows(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         centred, root, weight = ctx.saved_tensors
         pixels = gradients[0].permute(0, 2, 3, 1)

@@ -111,10 +111,10 @@ class Trainer(abc.ABC):
         while self.done < self.total:
             epoch, step = divmod(self.done, self.steps)
             images, labels = self.batches.training(self.settings.batch_size, self.seed, self.done, self.device, part)
-            self._update(images, labels, self.settings.rate(epoch), step)
+            self._update(images, labels, self._rate(epoch), step)
             self.done += 1
             if self.done % self.steps == 0:
-                self._end_epoch(self.settings.rate(epoch))
+                self._end_epoch(self._rate(epoch))
             if self._team.agree(pause()):
                 break
         self._gather()
@@ -122,6 +122,10 @@ class Trainer(abc.ABC):
     def counters(self) -> dict[str, Any]:
         """What is not a tensor of the state, as JSON."""
         return {"done": self.done, "history": self.history}
+
+    def _rate(self, epoch: int) -> float:
+        """Learning rate of an epoch; a trainer that trains more than once begins the schedule again."""
+        return self.settings.rate(epoch)
 
     @abc.abstractmethod
     def state(self) -> dict[str, Tensor]:

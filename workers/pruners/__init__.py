@@ -1,0 +1,1 @@
+"""Pruning methods; they know nothing of the service."""
