@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import has_torch_function
 
@@ -84,6 +85,7 @@ class _ByRows(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, mean, root, scale = ctx.saved_tensors
         g, c, count = gradients[0].contiguous(memory_format=torch.channels_last), len(mean), x.numel() // len(mean)

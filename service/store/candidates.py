@@ -86,7 +86,13 @@ def record_generation(
 
 
 def record_pruning(
-    session: Session, job: Job, space: Space, method: str, turn: tuple[int, int], judged: Sequence[Mapping[str, Any]], known: int
+    session: Session,
+    job: Job,
+    space: Space,
+    method: str,
+    turn: tuple[int, int],
+    judged: Sequence[Mapping[str, Any]],
+    known: int,
 ) -> None:
     """Store what a pruning method judged on its way, as far as that is not stored yet.
 

@@ -48,6 +48,15 @@ def test_gradient_is_the_derivative() -> None:
     assert torch.autograd.gradcheck(lambda x, w, b: batch_norm(x, None, None, w, b, True, 0.1, 1e-5), leaves)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Ours would be wrong without a word: what the backward pass reads was computed outside the graph."""
+    x = channels_last(4, 3, 2).requires_grad_()
+    y = batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()  # type: ignore[no-untyped-call]
+
+
 def test_maps_in_another_order_of_memory_are_torch_s_own_affair() -> None:
     x = channels_last(4, 3, 8).contiguous()
     y = batch_norm(x, None, None, None, None, True, 0.1, 1e-5)

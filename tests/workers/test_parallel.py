@@ -22,15 +22,24 @@ from latency_profiler.spaces.registry import get_space
 from workers import checkpoints, parallel
 from workers.datasets import Data, prepare
 from workers.parallel import ALONE, Ranks, Team
+from workers.pruners.allowance import Allowance
+from workers.pruners.filter_bases import Bases
+from workers.pruners.interspace import InterspaceTrainer
+from workers.pruners.interspace_settings import InterspaceSettings
 from workers.training import PruningNetTrainer, ScratchTrainer, Trainer, TrainingSettings
 
 SPACE = get_space("resnet20", 8, 0.25, 4, True)
 DEEP = get_space("mobilenet_v1", 8, 0.25, 4, True)
 SETTINGS = TrainingSettings(epochs=3, batch_size=33, learning_rate=0.002, clip_norm=10.0, normalise=True)
 CPU = torch.device("cpu")
+INTERSPACE = InterspaceSettings("rigl", Bases("medium", initialisation="orthonormal"), rigl_every=4)
+RATE = Allowance.at_rate(SPACE.nodes(SPACE.uniform(0.5)), 0.5)
 TRAINERS: dict[str, Callable[[Data, Team], Trainer]] = {
     "scratch": lambda data, team: ScratchTrainer(SPACE, SPACE.uniform(0.5), data, SETTINGS, 7, CPU, team),
     "pruning": lambda data, team: PruningNetTrainer(SPACE, data, SETTINGS, 7, None, CPU, team),
+    "interspace": lambda data, team: InterspaceTrainer(
+        SPACE, SPACE.uniform(0.5), data, SETTINGS, INTERSPACE, RATE, 7, CPU, team
+    ),
 }
 DEEP_TRAINERS: dict[str, Callable[[Data, Team], Trainer]] = {
     "scratch": lambda data, team: ScratchTrainer(DEEP, DEEP.uniform(0.5), data, SETTINGS, 7, CPU, team),
@@ -41,6 +50,8 @@ float64 too, though their gradients agree to 13 digits), so only their first ste
 it changes that by 5 %."""
 PAUSES = (4, 2)
 """After so many iterations process 0 pauses: in the first epoch, and at its end."""
+PAUSED = {"scratch": [4, 6], "pruning": [4, 6], "interspace": [3, 5]}
+"""Iterations of training that are done then; interspace pruning spends one on its first mask."""
 
 
 def images() -> Data:
@@ -154,7 +165,7 @@ def test_two_processes_give_the_loss_curve_of_one(name: str, stories: list[dict[
 @pytest.mark.parametrize("name", TRAINERS)
 def test_all_stop_where_process_0_pauses(name: str, stories: list[dict[str, Any]]) -> None:
     single, ours, other = (one[name] for one in stories)
-    assert single["paused"] == ours["paused"] == other["paused"] == [4, 6]
+    assert single["paused"] == ours["paused"] == other["paused"] == PAUSED[name]
     assert ours["saved"][1] == single["saved"][1] | {"history": ours["saved"][1]["history"]}
 
 

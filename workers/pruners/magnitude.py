@@ -164,7 +164,7 @@ class MagnitudePruner(Trainer):
             self._descent.hold()
         part, iteration = self._team.part(self._batch), stage.iterations + tick
         images, labels = self.batches.training(self.settings.batch_size, self.seed, iteration, self.device, part)
-        rate = self._settings(stage).rate(tick // self.steps)
+        rate = self._settings(stage).rate(tick, self.steps)
         self._update(images, labels, rate, tick % self.steps)
         if (tick + 1) % self.steps == 0:
             self._end_epoch(rate)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from latency_profiler.cost import Constraint, Metric
 from latency_profiler.errors import DamagedCheckpoint
@@ -30,7 +31,6 @@ from workers.budget import Budget
 from workers.datasets import Data, prepare
 from workers.parallel import ALONE, Team
 from workers.placement import choose
-from workers.training import Trainer
 
 T = TypeVar("T")
 SMALL = 64
@@ -44,6 +44,13 @@ class Console(Protocol):
 
     def say(self, progress: dict[str, Any] | None = None) -> None:
         """Report progress."""
+
+
+class Resumable(Protocol):
+    """What goes on from a checkpoint; every trainer does."""
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], /) -> None:
+        """Go on where another one was when it gave these."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Context:
         made: T = self.kept[name][1]
         return made
 
-    def restore(self, trainer: Trainer, sha256: str, counters: dict[str, Any]) -> None:
+    def restore(self, trainer: Resumable, sha256: str, counters: dict[str, Any]) -> None:
         """Let a trainer go on from a checkpoint; from its beginning if the file is damaged, which ends the same."""
         try:
             trainer.restore(checkpoints.load(blob_path(sha256), sha256), counters)

@@ -72,7 +72,9 @@ def outcome(pruner: Any) -> Pruned:
         case MagnitudePruner():
             found = pruner.outcome()
             size = len(sparse_storage.write(found.network))
-            return Pruned(found.network, found.masks, {"sparse_bytes": size, "points": [asdict(p) for p in pruner.points]})
+            return Pruned(
+                found.network, found.masks, {"sparse_bytes": size, "points": [asdict(p) for p in pruner.points]}
+            )
         case InterspaceTrainer():
             left = pruner.outcome()
             costs = [asdict(one) for one in layer_costs(pruner.network, left.masks)]

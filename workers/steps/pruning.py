@@ -22,7 +22,7 @@ from workers.evaluation import test
 from workers.networks import PlainNetwork, folded_weights
 from workers.pruners.allowance import sparse_flops
 from workers.pruners.judgement import Judgement
-from workers.steps import measuring, methods, retraining, trainers, turns
+from workers.steps import measuring, methods, retraining, turns
 from workers.steps.context import Context
 from workers.steps.outcome import MOVED, Outcome
 

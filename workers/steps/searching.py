@@ -1,16 +1,14 @@
 """`searching`: one generation a step; then the winner is measured before anything is spent on retraining it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from latency_profiler.cost import Metric
 from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
-from latency_profiler.spaces.space import Space
 from service.store import candidates, chunks, devices, jobs
 from service.store.candidates import Judged
-from service.store.models import Job, JobState, Role
+from service.store.models import Job, Role
 from service.store.results import METAPRUNING
 from service.store.session import transaction
 from workers import evolution
@@ -160,18 +158,14 @@ def _queue(context: Context, job: Job, search: Evolution) -> list[turns.Trial]:
         encoding, proxy = one.proposal.encoding, one.score.accuracy
         channels = space.channels(encoding)
         queue.append(
-            turns.trial(
-                context, Role.WINNER, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy
-            )  # fmt: skip
+            turns.trial(context, Role.WINNER, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy)
         )
     if context.spec.baselines:
         for rank, uniform in enumerate(_uniforms(context.budget(job), search, best)):
             queue.append(turns.trial(context, Role.UNIFORM, context.spec.method, uniform, rank=rank))
     for rank, encoding in enumerate(fidelity.draw(context, job)):
         channels = space.channels(encoding)
-        queue.append(
-            turns.trial(context, Role.FIDELITY, METAPRUNING, channels, rank=rank, encoding=encoding)
-        )
+        queue.append(turns.trial(context, Role.FIDELITY, METAPRUNING, channels, rank=rank, encoding=encoding))
     return queue
 
 

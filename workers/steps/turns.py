@@ -41,7 +41,7 @@ def hand_on(context: Context, job: Job, queue: Sequence[Trial]) -> dict[str, Any
     return {"state": JobState.TRAINING if left else JobState.RETRAINING, "memory": memory}
 
 
-def again(context: Context, job: Job, method: Method, memory: dict[str, Any]) -> Outcome:
+def again(context: Context, job: Job, method: str, memory: dict[str, Any]) -> Outcome:
     """Let a method look for another winner, with corrections in the memory."""
     with transaction() as session:
         jobs.add_event(session, job.id, "warning", {"corrections": memory["corrections"], "figures": memory["figures"]})
