@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
-from latency_profiler.cost import flops, parameters
+from latency_profiler.cost import Statistic, flops, latency_name, parameters
 from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
 from service.store.models import Candidate, Job, Structure, StructureLatency
@@ -15,7 +15,7 @@ from service.store.models import Candidate, Job, Structure, StructureLatency
 
 @dataclass(frozen=True)
 class Judged:
-    """One candidate as a search hands it over; `latencies` are corrected seconds per device name."""
+    """One candidate as a search hands it over; `latencies` are corrected seconds by the latency's name."""
 
     encoding: tuple[int, ...]
     birth: str
@@ -60,11 +60,14 @@ def record_generation(
     """
     ids = add_structures(session, space, [space.channels(one.encoding) for one in judged])
     latencies = [
-        {"structure_id": structure_id, "device_id": device_id, "seconds": one.latencies[name]}
+        {
+            "structure_id": structure_id, "device_id": device_id, "seconds": one.latencies[name],
+            "p90": one.latencies.get(latency_name(name, Statistic.P90)),
+        }
         for structure_id, one in sorted(zip(ids, judged, strict=True), key=lambda pair: pair[0])
         for name, device_id in predicted.items()
         if name in one.latencies
-    ]
+    ]  # fmt: skip
     insert_missing(session, StructureLatency, latencies)
     rows = [
         {
