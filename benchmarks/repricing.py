@@ -24,7 +24,7 @@ from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service import admin, reconciler
 from service.settings import get_settings
-from service.store import devices, measurements, repricing
+from service.store import devices, exchange, repricing
 from service.store.bulk import insert_missing
 from service.store.candidates import space_arguments
 from service.store.models import Structure
@@ -80,7 +80,7 @@ def _repricing(table: LatencyTable, space: Space, channels: Ints) -> dict[str, f
         insert_missing(session, Structure, rows)
     with transaction() as session:
         device, _ = devices.register(session, "new")
-        measurements.import_table(session, device, table)
+        exchange.take(session, device, table.to_json())
     start, used = time.perf_counter(), time.process_time()
     while not reconciler.reprice(reconciler.PRICING_SECONDS, threading.Event()):
         pass

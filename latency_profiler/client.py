@@ -221,7 +221,10 @@ class Client:
         self, space: str, dataset: str, *, max_flops: int | None = None,
         max_parameters: int | None = None, max_latency_ms: Latencies | None = None, limit: int = 10, **options: Any,
     ) -> Json:  # fmt: skip
-        """Best structures within bounds, across all jobs; `options` are `image_size`, `width` and `accuracy`."""
+        """Best structures within bounds, across all jobs.
+
+        `options` are `statistic` (of the latencies), `image_size`, `width` and `accuracy`.
+        """
         query: Json = {"space": space, "dataset": dataset, "max_flops": max_flops, "max_parameters": max_parameters}
         pairs = (max_latency_ms or {}).items()
         bounds = {"device": [device for device, _ in pairs], "max_latency_ms": [most for _, most in pairs]}

@@ -26,14 +26,40 @@ class Metric(StrEnum):
     LATENCY = "latency"
 
 
+class Statistic(StrEnum):
+    """Which of a network's runs a latency is about."""
+
+    P50 = "p50"
+    """The median: half of the runs take no longer."""
+    P90 = "p90"
+    """Nine of ten take no longer."""
+
+
+def latency_name(device: str, statistic: Statistic) -> str:
+    """What a latency is called beside others: `DEVICE` for the median, else `DEVICE:STATISTIC`."""
+    return device if statistic is Statistic.P50 else f"{device}:{statistic}"
+
+
+def split_latency(name: str) -> tuple[str, Statistic]:
+    """Inverse of `latency_name`; no device has a colon in its name."""
+    device, _, statistic = name.partition(":")
+    return device, Statistic(statistic or Statistic.P50)
+
+
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """Bounds on one metric: multiply-adds, parameters, or seconds on a device."""
+    """Bounds on one metric: multiply-adds, parameters, or seconds on a device (of one statistic)."""
 
     metric: Metric
     maximum: float
     minimum: float = 0.0
     device: str | None = None
+    statistic: Statistic = Statistic.P50
+
+    @property
+    def latency(self) -> str | None:
+        """Name of the latency that is bounded, if one is."""
+        return None if self.device is None else latency_name(self.device, self.statistic)
 
     def allows(self, value: float) -> bool:
         """Whether a value lies inside the bounds."""

@@ -14,6 +14,7 @@ SecateursError
 ├── LayerEmptied                 pruning left a layer without weights
 ├── DamagedCheckpoint            a checkpoint is missing or not what was saved
 ├── MissingLatencies             a lookup table lacks layers that were asked for
+├── NotCalibrated                a lookup table has no whole networks from which a percentile would follow
 ├── MeasurementFailed            a layer could not be measured; the reason is data
 ├── RuntimeUnavailable           the runtime's package is not installed
 └── ServiceError                 the service answered with a problem document
@@ -152,6 +153,21 @@ class MissingLatencies(SecateursError):
         self.keys = tuple(keys)
         shown = ", ".join(self.keys[:3]) + (f" and {len(self.keys) - 3} more" if len(self.keys) > 3 else "")
         super().__init__(f"the lookup table lacks {len(self.keys)} layers: {shown}; profile the space on this device")
+
+
+class NotCalibrated(SecateursError):
+    """A percentile of a space's networks does not follow from a lookup table: none were measured for it.
+
+    Attributes:
+        device, space_key, statistic: what was asked for.
+    """
+
+    def __init__(self, device: str, space_key: str, statistic: str) -> None:
+        self.device, self.space_key, self.statistic = device, space_key, statistic
+        super().__init__(
+            f"{device}'s lookup table holds no whole networks of {space_key} that tell the {statistic} of their runs; "
+            "have the space measured there with `secateurs profile` (--again for an older table)"
+        )
 
 
 class MeasurementFailed(SecateursError):

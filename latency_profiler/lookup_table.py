@@ -6,9 +6,7 @@ interpolated bilinearly inside the smallest measured cell of its family around i
 extrapolated. All times are seconds.
 """
 
-import csv
 import hashlib
-import io
 import math
 from bisect import bisect_left
 from collections import defaultdict
@@ -252,13 +250,15 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "LatencyTable":
-        """Inverse of `to_json`.
+        """Inverse of `to_json`; what else entries hold (raw values, conditions) is left out.
 
         Raises:
             InvalidInput: not a table.
         """
         try:
-            entries = [Entry(**{**row, "layer": Layer.from_json(row["layer"])}) for row in data["entries"]]
+            known = Entry.__dataclass_fields__
+            rows = [{name: value for name, value in row.items() if name in known} for row in data["entries"]]
+            entries = [Entry(**{**row, "layer": Layer.from_json(row["layer"])}) for row in rows]
             fits = {key: Fit(**fit) for key, fit in data.get("fits", {}).items()}
             table = cls(str(data["device"]), str(data["fingerprint"]), {e.layer.key: e for e in entries}, fits)
         except (KeyError, TypeError, AttributeError) as error:
@@ -266,15 +266,6 @@ class LatencyTable:
         if bad := [entry.layer.key for entry in entries if not 0 < entry.seconds < 1000]:
             raise InvalidInput(f"seconds must be above 0 and below 1000: {bad[0]}")
         return table
-
-    def to_csv(self) -> str:
-        """One line per measured layer, for spreadsheets."""
-        out = io.StringIO()
-        writer = csv.writer(out)
-        writer.writerow([*Layer.__dataclass_fields__, "seconds", "iqr", "count", "steady"])
-        for _, entry in sorted(self.entries.items()):
-            writer.writerow([*entry.layer.to_json().values(), entry.seconds, entry.iqr, entry.count, entry.steady])
-        return out.getvalue()
 
 
 class LatencyModel:

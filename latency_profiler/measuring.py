@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from latency_profiler.cost import layer_parameters
+from latency_profiler.cost import Statistic, layer_parameters
 from latency_profiler.device import conditions
 from latency_profiler.errors import InvalidInput, MeasurementFailed
 from latency_profiler.layers import Layer, Node
 from latency_profiler.runtimes.base import Runtime
-from latency_profiler.timing import LAYER, NETWORK, Series, Subject, Timing, interleave
+from latency_profiler.timing import LAYER, NETWORK, TAIL, Effort, Series, Subject, Timing, interleave
 
 Json = dict[str, Any]
 Measure = Callable[[Sequence[Json], int], list[Json]]
@@ -74,7 +74,8 @@ def measure_group(runtime: Runtime, items: Sequence[Json], seed: int) -> list[Js
     loaded = [_load(runtime, item) for item in items]
     series = [empty, *(one for one in loaded if isinstance(one, Series))]
     interleave(series, np.random.default_rng(seed))
-    return [_result(item, one, empty) for item, one in zip(items, loaded, strict=True)]
+    name = f"{runtime.name} {runtime.version}"
+    return [_result(item, one, empty, name) for item, one in zip(items, loaded, strict=True)]
 
 
 def failure(item: Json, reason: str) -> Json:
@@ -103,10 +104,16 @@ def _better(first: Json, second: Json) -> Json:
 def _load(runtime: Runtime, item: Json) -> Series | Exception:
     """An item ready to be measured, or why it cannot be."""
     try:
-        subject, effort = _subject(runtime, item), NETWORK if item["kind"] == "network" else LAYER
+        subject, effort = _subject(runtime, item), _effort(item)
     except Exception as error:  # runtimes raise whatever they like: the reason is data
         return error
     return Series(subject, effort)
+
+
+def _effort(item: Json) -> Effort:
+    if item["kind"] != "network":
+        return LAYER
+    return TAIL if item["payload"].get("statistic") == Statistic.P90 else NETWORK
 
 
 def _subject(runtime: Runtime, item: Json) -> Subject:
@@ -127,7 +134,7 @@ def _nodes(payload: Json) -> list[Node]:
     ]
 
 
-def _result(item: Json, series: Series | Exception, empty: Series) -> Json:
+def _result(item: Json, series: Series | Exception, empty: Series, runtime: str) -> Json:
     if isinstance(series, Exception):
         return failure(item, f"{type(series).__name__}: {series}")
     try:
@@ -135,10 +142,10 @@ def _result(item: Json, series: Series | Exception, empty: Series) -> Json:
     except MeasurementFailed as error:
         return failure(item, str(error))
     fixed = 0.0 if item["kind"] == "network" else nothing.median
-    return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(timing, nothing.median, fixed)
+    return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(timing, nothing.median, fixed, runtime)
 
 
-def _figures(timing: Timing, empty_run: float, fixed: float) -> Json:
+def _figures(timing: Timing, empty_run: float, fixed: float, runtime: str) -> Json:
     """What was measured; `fixed` seconds of every run are not the item's own."""
     facts = asdict(timing)
     return {
@@ -146,7 +153,7 @@ def _figures(timing: Timing, empty_run: float, fixed: float) -> Json:
         "iqr": facts.pop("iqr"),
         "steady": facts.pop("steady"),
         "values": list(facts.pop("values")),
-        "conditions": {**conditions(), **facts, "empty_run": empty_run},
+        "conditions": {**conditions(), "runtime": runtime, **facts, "empty_run": empty_run},
     }
 
 

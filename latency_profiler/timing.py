@@ -3,6 +3,7 @@
 run      one execution of a layer or network.
 loop     runs that are timed together, so that one value lasts long enough (about a millisecond) for the clock.
 value    seconds per run, from one loop.
+single   a run of a loop that is timed by itself: percentiles are about single runs, whose differences a loop hides.
 warm-up  runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
 outlier  a value far from the others (Tukey's fences): kept and marked, since it says how a device disturbs.
 steady   the median's uncertainty (half a box plot's notch: 1.57 IQR / √values; McGill, Tukey and Larsen 1978) is a
@@ -14,8 +15,9 @@ a disturbance of some milliseconds costs each of them a value (which the median 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +28,8 @@ NOTCH = 1.57
 FENCE = 1.5
 """Interquartile ranges beyond a quartile at which a value is an outlier (Tukey, Exploratory Data Analysis, 1977)."""
 MOST_LOOPS = 1 << 20
+DIGITS = 9
+"""Single runs are kept to the nanosecond, which is what the clock tells."""
 
 
 class Subject(Protocol):
@@ -33,6 +37,15 @@ class Subject(Protocol):
 
     def seconds(self, runs: int) -> float:
         """Seconds that so many runs take together."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A subject whose runs can be timed one by one; where that is slow, as on a remote device, it need not be one."""
+
+    def each(self, runs: int) -> list[float]:
+        """Seconds of each of so many runs."""
         ...
 
 
@@ -51,6 +64,14 @@ class Stopwatch:
             run()
         return self.clock() - start
 
+    def each(self, runs: int) -> list[float]:
+        """Seconds of each of so many runs."""
+        times = [self.clock()]
+        for _ in range(runs):
+            self.run()
+            times.append(self.clock())
+        return [after - before for before, after in pairwise(times)]
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -59,7 +80,7 @@ class Effort:
     A value lasts about `value` seconds: long for the clock, and short beside the turns of some milliseconds that an
     operating system gives to processes, so that most values are undisturbed on a busy machine too. Values are taken
     until they are steady, but at least `least` and at most `most` of them, and none beyond `least` once `cap` seconds
-    were spent.
+    were spent. Of every loop, up to `singles` runs are timed by themselves.
     """
 
     value: float = 1e-3
@@ -67,10 +88,13 @@ class Effort:
     most: int = 11
     cap: float = 0.5
     steady_share: float = 0.02
+    singles: int = 0
 
 
 LAYER = Effort()
-NETWORK = Effort(least=15, most=51, cap=5.0, steady_share=0.01)
+NETWORK = Effort(least=15, most=51, cap=5.0, steady_share=0.01, singles=8)
+TAIL = replace(NETWORK, least=101, most=101, cap=10.0)
+"""For a percentile that decides: of so many runs, ten at least are slower than the 90th."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +102,11 @@ class Timing:
     """What was measured, in seconds per run; `loops` runs per value after `warmup` runs.
 
     `outliers` are the positions of values that lie beyond Tukey's fences; they are kept, and the median ignores them.
+    `p90` is that of the single runs where there are any, else of the values.
     """
 
     values: tuple[float, ...]
+    singles: tuple[float, ...]
     loops: int
     warmup: int
     median: float
@@ -97,6 +123,7 @@ class Series:
     subject: Subject
     effort: Effort = LAYER
     values: list[float] = field(default_factory=list)
+    singles: list[float] = field(default_factory=list)
     loops: int = 0
     warmup: int = 0
     spent: float = 0.0
@@ -129,10 +156,14 @@ class Series:
         if self.failure is not None or not self.values:
             reason = f"{type(self.failure).__name__}: {self.failure}" if self.failure else "no value was taken"
             raise MeasurementFailed(reason) from self.failure
-        low, median, high, p90 = (float(q) for q in np.percentile(self.values, (25, 50, 75, 90)))
+        low, median, high = (float(q) for q in np.percentile(self.values, (25, 50, 75)))
+        p90 = float(np.percentile(self.singles or self.values, 90))
         fence = FENCE * (high - low)
         outliers = tuple(i for i, value in enumerate(self.values) if not low - fence <= value <= high + fence)
-        return Timing(tuple(self.values), self.loops, self.warmup, median, high - low, p90, self._steady(), outliers)
+        return Timing(
+            tuple(self.values), tuple(self.singles), self.loops, self.warmup, median, high - low, p90,
+            self._steady(), outliers,
+        )  # fmt: skip
 
     def _warm_up(self) -> None:
         """Run once cold, then in doubling loops until one lasts as long as a value: this sets the number of loops."""
@@ -145,7 +176,11 @@ class Series:
         self.loops = max(1, round(loops * min(1.0, self.effort.value / took))) if took > 0 else loops
 
     def _extend(self) -> None:
-        took = self.subject.seconds(self.loops)
+        alone = min(self.loops, self.effort.singles)
+        singles = self.subject.each(alone) if isinstance(self.subject, Divisible) else []
+        rest = self.loops - len(singles)
+        took = sum(singles) + (self.subject.seconds(rest) if rest else 0.0)
+        self.singles += (round(single, DIGITS) for single in singles)
         self.spent += took
         self.values.append(took / self.loops)
 

@@ -1,4 +1,4 @@
-"""`python -m service.reconciler`: rings for jobs that wait, sweeps what has expired, prices structures for new tables.
+"""`python -m service.reconciler`: rings for jobs that wait, sweeps what has expired, prices and sorts what was found.
 
 It repairs whatever a lost message, a dead worker or a restarted broker left behind. Every action is guarded or can be
 repeated, so that any number of copies may run.
@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service import broker
 from service.settings import get_settings
-from service.store import idempotency, jobs, repricing
+from service.store import idempotency, jobs, repricing, skybands
 from service.store.session import snapshot, transaction
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,22 @@ def reprice(seconds: float, stop: threading.Event) -> bool:
     return True
 
 
+def gather(seconds: float, stop: threading.Event) -> bool:
+    """Take candidates into skybands for so long or until told to stop; True when nothing is left."""
+    until = time.monotonic() + seconds
+    with transaction() as session:
+        last = skybands.last_candidate(session)
+        places = skybands.places(session) if last is not None else []
+    for place in places:
+        more = last is not None
+        while more:
+            if stop.is_set() or time.monotonic() > until:
+                return False
+            with transaction() as session:
+                more = skybands.advance(session, place, last or 0)
+    return True
+
+
 def main() -> None:
     """Until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -61,7 +77,8 @@ def main() -> None:
             reconcile()
             with transaction() as session:
                 idempotency.sweep(session)
-            done = reprice(max(period, PRICING_SECONDS), stop)
+            seconds = max(period, PRICING_SECONDS)
+            done = reprice(seconds, stop) and gather(seconds, stop)
         except (OperationalError, PoolTimeout) as error:
             log.warning("the database did not answer: %s", error)
             done = True

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from latency_profiler.cost import Constraint, Metric
+from latency_profiler.cost import Constraint, Metric, Statistic
 from service.fields import DescentSpec, Model, Name, ScratchSpec, Text
 from service.methods import UNSTRUCTURED, CollaborativeSpec, InterspaceSpec, MagnitudeSpec, Method
 
@@ -35,10 +35,14 @@ class LatencyConstraint(Model):
     device: Name
     max_ms: Annotated[float, Field(gt=0, le=1e6)]
     min_ms: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    statistic: Statistic = Statistic.P50
+    """Of the runs of the whole network on that device: `p90` bounds what nine of ten take."""
 
     def constraint(self) -> Constraint:
         """In the profiler's terms: seconds."""
-        return Constraint(Metric.LATENCY, self.max_ms / 1000, (self.min_ms or 0) / 1000, self.device)
+        return Constraint(
+            Metric.LATENCY, self.max_ms / 1000, (self.min_ms or 0) / 1000, self.device, self.statistic
+        )  # fmt: skip
 
 
 AnyConstraint = Annotated[CountConstraint | LatencyConstraint, Field(discriminator="metric")]
@@ -140,9 +144,9 @@ class JobRequest(Model):
             constraint = bound.constraint()
             if constraint.minimum > constraint.maximum:
                 raise ValueError(f"the lower bound on {bound.metric} is above its upper bound")
-            if (constraint.metric, constraint.device) in seen:
+            if (constraint.metric, constraint.latency) in seen:
                 raise ValueError(f"{bound.metric} is constrained twice; give one constraint with both bounds")
-            seen.add((constraint.metric, constraint.device))
+            seen.add((constraint.metric, constraint.latency))
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parameters
-from latency_profiler.errors import InfeasibleConstraint, InvalidInput, MissingLatencies, NoPruningNet, NotFound
+from latency_profiler.errors import (
+    InfeasibleConstraint,
+    InvalidInput,
+    MissingLatencies,
+    NoPruningNet,
+    NotCalibrated,
+    NotFound,
+)
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -52,8 +59,7 @@ def prepare(session: Session, request: JobRequest) -> Submission:
     for bound in spec.constraints:
         constraint = bound.constraint()
         if not UNSTRUCTURED.issuperset(spec.methods):
-            table = measurements.load_table(session, constraint.device) if constraint.device else None
-            check_feasible(space, constraint, table)
+            check_feasible(space, constraint, _table(session, space, constraint))
         if UNSTRUCTURED.intersection(spec.methods):
             check_masks(space, constraint)
     return Submission(spec, space, dataset.id)
@@ -111,6 +117,16 @@ def named_devices(request: JobRequest) -> list[str]:
     return list(dict.fromkeys([*(name for name in constrained if name), *request.measure_on]))
 
 
+def _table(session: Session, space: Space, constraint: Constraint) -> LatencyTable | None:
+    """What prices the space for a bound on a latency; None where nothing does yet."""
+    if constraint.device is None:
+        return None
+    try:
+        return measurements.pricing_table(session, constraint.device, space, constraint.statistic)
+    except NotCalibrated:
+        return None
+
+
 def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | None = None) -> None:
     """Compare a constraint with the smallest and the largest structure.
 
@@ -119,6 +135,8 @@ def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | N
     Raises:
         InfeasibleConstraint: the constraint's range and the space's do not meet; latencies in milliseconds.
     """
+    if constraint.metric is Metric.LATENCY and table is None:
+        return
     try:
         smallest, largest = (_value(space, encoding, constraint, table) for encoding in (space.smallest, space.largest))
     except MissingLatencies:
@@ -129,7 +147,7 @@ def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | N
     if constraint.metric is Metric.LATENCY:
         asked, smallest, largest = asked * 1000, smallest * 1000, largest * 1000
     name = "latency_ms" if constraint.metric is Metric.LATENCY else constraint.metric.value
-    raise InfeasibleConstraint(name, asked, smallest, largest, constraint.device)
+    raise InfeasibleConstraint(name, asked, smallest, largest, constraint.latency)
 
 
 def _value(space: Space, encoding: tuple[int, ...], constraint: Constraint, table: LatencyTable | None) -> float:

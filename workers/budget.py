@@ -1,8 +1,8 @@
 """The constraints of one job over one space: what a structure costs, and whether it is allowed.
 
 *Tightness* is the largest share of an upper bound that a structure uses: 1 is a structure that uses a budget to the
-full, above 1 it breaks one. Latencies are predictions times a device's correction, which grows when a measurement
-breaks the prediction.
+full, above 1 it breaks one. Latencies are predictions times a correction, which grows when a measurement breaks the
+prediction; tables, corrections and seconds go by the name of a latency (`latency_name`).
 """
 
 from bisect import bisect_left
@@ -27,7 +27,7 @@ SMALLEST_SHARE = 0.10
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs and parameters (n,), and corrected seconds (n,) per device."""
+    """FLOPs and parameters (n,), and corrected seconds (n,) per latency."""
 
     flops: Ints
     parameters: Ints
@@ -38,8 +38,8 @@ class Budget:
     """Constraints, and the models that price them.
 
     Args:
-        tables: lookup tables of every device that is constrained or shall be reported.
-        corrections: device → factor on its predictions.
+        tables: lookup tables of every latency that is constrained or shall be reported.
+        corrections: latency → factor on its predictions.
         least_share: candidates must use this share of the tightest upper bound.
 
     Raises:
@@ -52,7 +52,7 @@ class Budget:
     ) -> None:  # fmt: skip
         self.space, self.constraints, self.tables, self.corrections = space, constraints, tables, corrections
         self._costs = CostModel(space)
-        self._latencies = {device: LatencyModel(table, space) for device, table in tables.items()}
+        self._latencies = {latency: LatencyModel(table, space) for latency, table in tables.items()}
         self._widths = np.array(space.choices)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
@@ -70,8 +70,8 @@ class Budget:
         """What encodings (n, g) cost."""
         channels = self.channels(encodings)
         seconds = {
-            device: model.seconds(channels) * self.corrections.get(device, 1.0)
-            for device, model in self._latencies.items()
+            latency: model.seconds(channels) * self.corrections.get(latency, 1.0)
+            for latency, model in self._latencies.items()
         }
         return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
@@ -129,10 +129,10 @@ class Budget:
         return self._first[np.arange(len(self._first)), encodings]
 
     def predict(self, channels: Sequence[int]) -> dict[str, float]:
-        """Corrected seconds of any channels, also off the grid, on every device that has a table."""
+        """Corrected seconds of any channels, also off the grid, for every latency that has a table."""
         return {
-            device: table.price(self.space, channels).seconds * self.corrections.get(device, 1.0)
-            for device, table in self.tables.items()
+            latency: table.price(self.space, channels).seconds * self.corrections.get(latency, 1.0)
+            for latency, table in self.tables.items()
         }
 
     def uniform(self, of: float = 1.0) -> tuple[int, ...]:
@@ -170,7 +170,7 @@ class Budget:
             smallest, largest = map(float, _values(costs, constraint))
             if constraint.maximum < smallest or constraint.minimum > largest:
                 asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum
-                raise InfeasibleConstraint(constraint.metric, asked, smallest, largest, constraint.device)
+                raise InfeasibleConstraint(constraint.metric, asked, smallest, largest, constraint.latency)
 
 
 def _tightest(costs: Costs, constraints: Sequence[Constraint]) -> Floats:
@@ -186,4 +186,4 @@ def _values(costs: Costs, constraint: Constraint) -> Floats:
         case Metric.PARAMETERS:
             return costs.parameters.astype(np.float64)
         case Metric.LATENCY:
-            return costs.seconds[constraint.device or ""]
+            return costs.seconds[constraint.latency or ""]

@@ -68,6 +68,10 @@ class SimulatedSubject:
         """Seconds that so many runs would take together."""
         return self.pace.spend(float(runs * self.mean * (1 + NOISE * abs(self.rng.standard_normal()))))
 
+    def each(self, runs: int) -> list[float]:
+        """Seconds that each of so many runs would take."""
+        return [self.seconds(1) for _ in range(runs)]
+
 
 class Simulated:
     """A device that exists as a formula."""

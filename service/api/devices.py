@@ -1,5 +1,6 @@
 """Devices, and what they shall measure."""
 
+import json
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
@@ -8,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import Trust, Verdict, judge
+from latency_profiler.cost import Statistic
 from latency_profiler.lookup_table import Fit
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
 from service.api.auth import Reader, Submitter
@@ -20,6 +22,7 @@ from service.store.session import snapshot, transaction
 
 router = APIRouter(prefix="/devices", tags=["devices"])
 DevicePath = Annotated[Name, Path()]
+LARGEST_FACTS = 16 << 10
 
 
 def _storable(text: str) -> str:
@@ -29,7 +32,22 @@ def _storable(text: str) -> str:
     return text
 
 
+def _storable_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts that every database can store and that have one canonical form."""
+    try:
+        text = json.dumps(facts, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError("must be JSON with finite numbers and valid Unicode") from error
+    if size > LARGEST_FACTS:
+        raise ValueError(f"must be at most {LARGEST_FACTS} bytes of JSON, not {size}")
+    if "\\u0000" in text:
+        raise ValueError("must not contain the character NUL")
+    return facts
+
+
 Text = Annotated[str, AfterValidator(_storable)]
+Facts = Annotated[dict[str, Any], AfterValidator(_storable_facts)]
 Seconds = Annotated[float, Field(gt=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(ge=0, lt=1000)]
@@ -46,6 +64,7 @@ class FitView(BaseModel):
     """How the sum of layers becomes a network's latency in a space; errors are shares of the measured time."""
 
     space_key: str
+    statistic: Statistic = Field(description="of the networks' runs: the median, or what nine of ten take")
     overhead_ms: float
     slope: float
     fitted_on: int
@@ -61,10 +80,10 @@ class FitView(BaseModel):
     reason: str | None = Field(description="why it is not trusted")
 
     @classmethod
-    def of(cls, space_key: str, fit: Fit, verdict: Verdict) -> Self:
+    def of(cls, space_key: str, statistic: Statistic, fit: Fit, verdict: Verdict) -> Self:
         """As it is shown."""
         facts = {**asdict(fit), "overhead_ms": 1000 * fit.overhead}
-        return cls(space_key=space_key, trust=verdict.trust, reason=verdict.reason, **facts)
+        return cls(space_key=space_key, statistic=statistic, trust=verdict.trust, reason=verdict.reason, **facts)
 
 
 class SpaceUse(BaseModel):
@@ -260,16 +279,17 @@ def _table(session: Session, device: Device, table: LookupTable) -> TableView:
     return TableView(
         id=table.id, version=table.version, entries=entries, networks=networks,
         unsteady=measurements.unsteady(session, table.id), stale=table.stale, drift=table.drift,
-        checked_at=table.checked_at, spaces=list(spaces.values()), fits=list(_fits(session, table).values()),
+        checked_at=table.checked_at, spaces=list(spaces.values()),
+        fits=[fit for statistic in Statistic for fit in _fits(session, table, statistic).values()],
     )  # fmt: skip
 
 
-def _fits(session: Session, table: LookupTable | None) -> dict[str, FitView]:
+def _fits(session: Session, table: LookupTable | None, statistic: Statistic = Statistic.P50) -> dict[str, FitView]:
     """Space key → fit of a table, by name."""
     if table is None:
         return {}
-    found = sorted(measurements.fits(session, table.id).items())
-    return {key: FitView.of(key, fit, judge(fit, table.stale, table.drift or 0.0)) for key, fit in found}
+    found = sorted(measurements.fits(session, table.id, statistic).items())
+    return {key: FitView.of(key, statistic, fit, judge(fit, table.stale, table.drift or 0.0)) for key, fit in found}
 
 
 def _use(one: Progress) -> SpaceUse:

@@ -8,14 +8,14 @@ from pydantic import BaseModel, Field
 
 from latency_profiler.foreign_tables import read_foreign
 from latency_profiler.layers import Activation, Op
-from latency_profiler.lookup_table import LatencyTable
+from latency_profiler.spreadsheet import to_csv
 from latency_profiler.survey import Survey, survey
 from service import broker
 from service.api.auth import Reader, Submitter
-from service.api.devices import DevicePath, Seconds, Share, Spread, Text
+from service.api.devices import DevicePath, Facts, Seconds, Share, Spread, Text
 from service.api.problems import responses
 from service.fields import Model
-from service.store import devices, measurements
+from service.store import devices, exchange, measurements
 from service.store.session import snapshot, transaction
 
 LARGEST_TABLE = 32 << 20
@@ -40,14 +40,32 @@ class LayerBody(Model):
     residual: bool = False
 
 
-class EntryBody(Model):
+class RawBody(Model):
+    """What was measured: seconds, the raw values that they are from, and the conditions."""
+
+    seconds: Seconds
+    p90: Seconds | None = None
+    iqr: Spread = 0.0
+    steady: bool = True
+    values: Annotated[list[Seconds], Field(max_length=1000, default_factory=list)]
+    conditions: Annotated[Facts | None, Field(description="loops, load, frequency, time, versions, …")] = None
+
+
+class EntryBody(RawBody):
     """One measured layer."""
 
     layer: LayerBody
-    seconds: Seconds
-    iqr: Spread = 0.0
-    count: Annotated[int, Field(ge=1, le=2**31)] = 1
-    steady: bool = True
+    count: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    """How many values there were, where they are not given."""
+
+
+class NetworkBody(RawBody):
+    """One measured network that a fit is from."""
+
+    key: Annotated[Text, Field(min_length=1, max_length=200, pattern=r"\|(fit|held_out|repeated)$")]
+    space_key: SpaceKey
+    channels: Annotated[list[Size], Field(max_length=500)]
+    purpose: Literal["fit", "held_out", "repeated"]
 
 
 class FitBody(Model):
@@ -71,8 +89,11 @@ class TableBody(Model):
 
     device: Annotated[Text, Field(max_length=100)]
     fingerprint: Annotated[Text, Field(max_length=100)]
+    facts: Annotated[Facts, Field(description="what the fingerprint is of", default_factory=dict)]
     entries: Annotated[list[EntryBody], Field(max_length=100_000)]
+    networks: Annotated[list[NetworkBody], Field(max_length=10_000, default_factory=list)]
     fits: Annotated[dict[SpaceKey, FitBody], Field(max_length=1000, default_factory=dict)]
+    p90_fits: Annotated[dict[SpaceKey, FitBody], Field(max_length=1000, default_factory=dict)]
 
 
 class Imported(BaseModel):
@@ -106,20 +127,19 @@ def export_table(
     format: Annotated[Literal["json", "csv"] | None, Query(description="instead of the header `Accept`")] = None,
     accept: Annotated[str, Header()] = "application/json",
 ) -> Response:  # fmt: skip
-    """The device's current table: JSON, or CSV of its entries."""
+    """The device's current table with all raw values and conditions: JSON, or CSV of its entries."""
     with snapshot() as session:
-        table = measurements.load_table(session, device)
+        document = exchange.export(session, device)
     if format == "csv" or (format is None and accept.startswith("text/csv")):
-        return Response(table.to_csv(), media_type="text/csv")
-    return JSONResponse(table.to_json())
+        return Response(to_csv(document["entries"]), media_type="text/csv")
+    return JSONResponse(document)
 
 
 @router.put("/{device}/lookup-table", responses=responses(404, 413), max_body_size=LARGEST_TABLE)
 def import_table(device: DevicePath, table: TableBody, _caller: Submitter, after: BackgroundTasks) -> Imported:
     """Import a table that was measured elsewhere; it is used where the device's own agent has not come."""
     with transaction() as session:
-        row, given = devices.get(session, device), LatencyTable.from_json(table.model_dump(mode="json"))
-        stored, current = measurements.import_table(session, row, given)
+        stored, current = exchange.take(session, devices.get(session, device), table.model_dump(mode="json"))
     if current:
         after.add_task(broker.ring)
     return Imported(stored=stored, current=current)
@@ -132,7 +152,7 @@ def import_foreign_table(
     """Import what is one layer here of a table in the format of ProxylessNAS; the rest is listed with the reason."""
     foreign = read_foreign(device, f"proxylessnas {request.source}", request.table)
     with transaction() as session:
-        stored, current = measurements.import_table(session, devices.get(session, device), foreign.table)
+        stored, current = exchange.take(session, devices.get(session, device), foreign.table.to_json())
     if current:
         after.add_task(broker.ring)
     return ForeignImported(stored=stored, current=current, skipped=foreign.skipped)

@@ -1,15 +1,14 @@
 """The agents' side: take work, hand in what was measured."""
 
-import json
 import logging
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, BackgroundTasks
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from service import broker
 from service.api.auth import Agent
-from service.api.devices import DevicePath, Seconds, Spread, Text
+from service.api.devices import DevicePath, Facts, Seconds, Spread, Text
 from service.api.problems import responses
 from service.fields import Model
 from service.settings import get_settings
@@ -20,27 +19,11 @@ from service.store.session import transaction
 
 POLL_SECONDS = 1.0
 """How long an agent without work waits before it asks again."""
-LARGEST_FACTS = 16 << 10
 LARGEST_UPLOAD = 16 << 20
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/devices", tags=["agents"])
 
 
-def _storable(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts that every database can store and that have one canonical form."""
-    try:
-        text = json.dumps(facts, ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError("must be JSON with finite numbers and valid Unicode") from error
-    if size > LARGEST_FACTS:
-        raise ValueError(f"must be at most {LARGEST_FACTS} bytes of JSON, not {size}")
-    if "\\u0000" in text:
-        raise ValueError("must not contain the character NUL")
-    return facts
-
-
-Facts = Annotated[dict[str, Any], AfterValidator(_storable)]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field, model_validator
 
-from latency_profiler.cost import flops, parameters
+from latency_profiler.cost import Statistic, flops, parameters
 from latency_profiler.errors import NotFound
 from latency_profiler.quote import quote
 from latency_profiler.spaces.registry import SPACES, get_space
@@ -78,6 +78,8 @@ class PriceRequest(Model):
     classes: Annotated[int, Field(ge=2, le=100_000)] = 1000
     last_layer: LastLayer = "fixed"
     devices: Annotated[list[Name], Field(max_length=20, default_factory=list)]
+    statistic: Statistic = Statistic.P50
+    """Of the whole network's runs; layers have the median's milliseconds in any case."""
 
     @model_validator(mode="after")
     def _one_description(self) -> "PriceRequest":
@@ -155,7 +157,7 @@ def read_space(
 
 @router.post("/{space}/price", responses=responses(404, 409))
 def price(space: Name, request: PriceRequest) -> PriceQuote:
-    """Costs of one structure, layer by layer; a device whose table lacks a layer is answered by 409."""
+    """Costs of one structure, layer by layer; a device whose table cannot tell them is answered by 409."""
     _known(space)
     found = get_space(space, request.image_size, request.width, request.classes, request.last_layer == "free")
     channels = (
@@ -165,14 +167,16 @@ def price(space: Name, request: PriceRequest) -> PriceQuote:
     for layer, node in zip(answer["layers"], found.nodes(channels), strict=True):
         layer["out_size"] = node.layer.out_size
     for device in dict.fromkeys(request.devices):
-        _add_latency(answer, found, channels, device)
+        _add_latency(answer, found, channels, device, request.statistic)
     return PriceQuote.model_validate(answer)
 
 
-def _add_latency(answer: dict[str, Any], space: Space, channels: Sequence[int], device: str) -> None:
+def _add_latency(
+    answer: dict[str, Any], space: Space, channels: Sequence[int], device: str, statistic: Statistic
+) -> None:
     """Write one device's figures beside those of the others."""
     with snapshot() as session:
-        table = measurements.load_table(session, device)
+        table = measurements.pricing_table(session, device, space, statistic)
     priced = quote(space, channels, table)
     for name in ("latency_ms", "overhead_ms", "interpolated"):
         answer.setdefault(name, {})[device] = priced[name]

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
+from latency_profiler.cost import Statistic, latency_name
 from latency_profiler.errors import InvalidChannels, InvalidInput, NotFound
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import Space
@@ -51,7 +52,7 @@ class StructureFacts(BaseModel):
     flops: int
     parameters: int
     predicted_ms: dict[str, float]
-    """Device → milliseconds that its lookup table predicts."""
+    """Device → milliseconds of the median run that its lookup table predicts; `DEVICE:p90` where it tells that, too."""
 
 
 class FoundStructure(StructureFacts):
@@ -121,6 +122,7 @@ def best(
     max_parameters: Count = None,
     device: Annotated[list[Name] | None, Query(max_length=8)] = None,
     max_latency_ms: Annotated[list[Bound] | None, Query(max_length=8)] = None,
+    statistic: Statistic = Statistic.P50,
     image_size: ImageSize = None,
     width: Width = None,
     accuracy: Literal["proxy", "test"] = "proxy",
@@ -128,13 +130,16 @@ def best(
 ) -> FoundList:
     """The most accurate structures within all bounds; each `device` has its `max_latency_ms` at the same place.
 
+    Latencies are those of the median run, or with `statistic` of nine of ten runs.
+
     `proxy` ranks every candidate by its accuracy with PruningNet's weights, `test` only trained structures.
     """
     bounds = _pairs(device or [], max_latency_ms or [])
     with snapshot() as session:
         dataset_id = datasets.get(session, dataset).id
         ids = structures.device_ids(session, list(bounds))
-        budget = Budget(max_flops, max_parameters, {ids[name]: ms / 1000 for name, ms in bounds.items()})
+        latencies = {latency_name(ids[name], statistic): ms / 1000 for name, ms in bounds.items()}
+        budget = Budget(max_flops, max_parameters, latencies)
         keys = _keys(structures.searched_spaces(session, dataset_id), space, image_size, width)
         if accuracy == "test":
             tested = structures.best_results(session, keys, dataset_id, budget, limit)
@@ -150,20 +155,22 @@ def pareto(
     dataset: Dataset,
     metric: Literal["flops", "parameters"] | None = None,
     device: Annotated[Name | None, Query()] = None,
+    statistic: Statistic = Statistic.P50,
     image_size: ImageSize = None,
     width: Width = None,
 ) -> Front:
-    """The front of proxy accuracy against FLOPs, parameters, or predicted latency on a device."""
+    """The front of proxy accuracy against FLOPs, parameters, or predicted latency on a device (its `statistic`)."""
     if metric is not None and device is not None:
         raise InvalidInput("give either a metric (flops or parameters) or a device, not both")
     with snapshot() as session:
         dataset_id = datasets.get(session, dataset).id
-        device_id = structures.device_ids(session, [device])[device] if device else None
+        ids = structures.device_ids(session, [device] if device else [])
         keys = _keys(structures.searched_spaces(session, dataset_id), space, image_size, width)
-        cost = None if device else metric or "flops"
-        points = structures.front(session, keys, dataset_id, cost, device_id)
+        cost = latency_name(ids[device], statistic) if device else metric or "flops"
+        points = structures.front(session, keys, dataset_id, cost)
         found = {point.structure_id: point.found for point in points}
-        return Front(metric=cost or "latency", device=device, items=_show(session, list(found), found, dataset_id))
+        shown = "latency" if device else cost
+        return Front(metric=shown, device=device, items=_show(session, list(found), found, dataset_id))
 
 
 @router.get("/{structure}", responses=responses(404))

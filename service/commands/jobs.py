@@ -19,6 +19,7 @@ from service.commands.options import (
     Limit,
     MaxMs,
     Server,
+    Statistic,
     err,
     given,
     latency_bounds,
@@ -40,6 +41,7 @@ def submit(
     max_parameters: Count = None,
     device: Devices = None,
     max_ms: MaxMs = None,
+    statistic: Statistic = None,
     measure_on: Annotated[list[str] | None, typer.Option(help="Also measure the winner on this device.")] = None,
     effort: Annotated[str | None, typer.Option(help="smoke, quick, standard or paper.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
@@ -68,7 +70,7 @@ def submit(
     counts = {"flops": given(max=parse_count(max_flops), min=parse_count(min_flops)),
               "parameters": given(max=parse_count(max_parameters))}  # fmt: skip
     job |= given(
-        space=space, dataset=dataset, constraints=_constraints(counts, latency_bounds(device, max_ms)),
+        space=space, dataset=dataset, constraints=_constraints(counts, latency_bounds(device, max_ms), statistic),
         measure_on=measure_on, effort=effort, seed=seed, image_size=image_size, width=width, last_layer=last_layer,
         objective=objective, baselines=baselines, method=method, name=name,
     )  # fmt: skip
@@ -88,9 +90,14 @@ def submit(
             _watch(client, submitted["id"], as_json)
 
 
-def _constraints(counts: dict[str, dict[str, Any]], latencies: dict[str, float]) -> list[dict[str, Any]]:
+def _constraints(
+    counts: dict[str, dict[str, Any]], latencies: dict[str, float], statistic: str | None
+) -> list[dict[str, Any]]:
     bounds: list[dict[str, Any]] = [{"metric": metric, **bound} for metric, bound in counts.items() if bound]
-    return bounds + [{"metric": "latency", "device": name, "max_ms": most} for name, most in latencies.items()]
+    return bounds + [
+        {"metric": "latency", "device": name, "max_ms": most, **given(statistic=statistic)}
+        for name, most in latencies.items()
+    ]
 
 
 def watch(job: JobId, server: Server = None, key: Key = None, as_json: Json = False) -> None:
@@ -162,6 +169,7 @@ def best(
     max_parameters: Count = None,
     device: Devices = None,
     max_ms: MaxMs = None,
+    statistic: Statistic = None,
     image_size: ImageSize = None,
     width: AnyWidth = None,
     accuracy: Annotated[str | None, typer.Option(help="Rank by proxy (every candidate) or test accuracy.")] = None,
@@ -181,6 +189,7 @@ def best(
             max_parameters=parameters,
             max_latency_ms=bounds,
             limit=limit,
+            statistic=statistic,
             image_size=image_size,
             width=width,
             accuracy=accuracy,
@@ -192,6 +201,7 @@ def pareto(
     space: Annotated[str, typer.Option(help="Structures of this space.")],
     dataset: Annotated[str, typer.Option(help="Judged on this dataset.")],
     device: Annotated[str | None, typer.Option(help="Against latency on this device.")] = None,
+    statistic: Annotated[str | None, typer.Option(help="Of the runs there: p50 (the median), or p90.")] = None,
     metric: Annotated[str | None, typer.Option(help="Against flops (the default) or parameters.")] = None,
     image_size: ImageSize = None,
     width: AnyWidth = None,
@@ -201,5 +211,7 @@ def pareto(
 ) -> None:
     """The front of accuracy against cost."""
     with connect(server, key) as client:
-        answer = client.pareto(space, dataset, device, metric=metric, image_size=image_size, width=width)
+        answer = client.pareto(
+            space, dataset, device, statistic=statistic, metric=metric, image_size=image_size, width=width
+        )
     tables.show_json(answer) if as_json else tables.show_structures(out, answer["items"])

@@ -23,6 +23,9 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 DeviceName = Annotated[str, typer.Argument(metavar="DEVICE", help="Name of the device.")]
 Devices = Annotated[list[str] | None, typer.Option("--device", help="Device that the next --max-ms is about.")]
 MaxMs = Annotated[list[float] | None, typer.Option(help="Most milliseconds on that device.")]
+Statistic = Annotated[
+    str | None, typer.Option(help="Of the runs that --max-ms bounds: p50 (the median), or p90 (nine of ten).")
+]  # fmt: skip
 Limit = Annotated[int, typer.Option(min=1, max=200, help="How many to show.")]
 Count = Annotated[str | None, typer.Option(metavar="COUNT", help="A number, e.g. 1500000, 300K or 1.5M.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]

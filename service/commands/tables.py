@@ -78,15 +78,16 @@ def when(seconds: float | None) -> str | None:
 
 
 def milliseconds(latencies: Mapping[str, float] | None) -> str | None:
-    """Latencies by device, e.g. `bench-cpu 0.81`."""
+    """Latencies by name, e.g. `bench-cpu 0.81`."""
     return None if not latencies else ", ".join(f"{device} {ms:.3f}" for device, ms in sorted(latencies.items()))
 
 
 def bound(constraint: Row) -> str:
     """A constraint, e.g. `flops ≤ 1.50 M` or `0.5 ≤ bench-cpu ≤ 0.8 ms`."""
     if constraint["metric"] == "latency":
-        low, high = constraint.get("min_ms"), constraint["max_ms"]
-        return (f"{low:g} ≤ " if low else "") + f"{constraint['device']} ≤ {high:g} ms"
+        low, high, statistic = constraint.get("min_ms"), constraint["max_ms"], constraint.get("statistic", "p50")
+        name = constraint["device"] if statistic == "p50" else f"{constraint['device']}:{statistic}"
+        return (f"{low:g} ≤ " if low else "") + f"{name} ≤ {high:g} ms"
     low, high = constraint.get("min"), constraint["max"]
     return (f"{count(low)} ≤ " if low else "") + f"{constraint['metric']} ≤ {count(high)}"
 

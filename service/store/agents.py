@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks, fit_networks
+from latency_profiler.cost import Statistic
 from latency_profiler.errors import SecateursError
+from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.space import Space
 from service.store import canaries, devices, hosts, measurements, work
 from service.store.models import (
@@ -27,6 +30,9 @@ from service.store.models import (
     WorkState,
     new_id,
 )
+
+MOST_SECONDS = 1000.0
+"""No run takes so long; a percentile beyond it is no number to be believed."""
 
 
 class UploadConflict(SecateursError):
@@ -178,9 +184,18 @@ def _take(session: Session, table: LookupTable, batch: Batch) -> tuple[dict[str,
 def _measured(table: LookupTable, item: Work, outcome: Outcome, upload_id: str) -> dict[str, Any]:
     return {
         "table_id": table.id, "fingerprint_id": table.fingerprint_id, "kind": item.kind, "key": item.key,
-        "payload": item.payload, "seconds": outcome.seconds, "iqr": outcome.iqr, "steady": outcome.steady,
-        "values": list(outcome.values), "conditions": dict(outcome.conditions), "upload_id": upload_id,
+        "payload": item.payload, "seconds": outcome.seconds, "p90": _p90(outcome), "iqr": outcome.iqr,
+        "steady": outcome.steady, "values": list(outcome.values), "conditions": dict(outcome.conditions),
+        "upload_id": upload_id,
     }  # fmt: skip
+
+
+def _p90(outcome: Outcome) -> float:
+    """What the agent says of its single runs, else the percentile of the values; less what `seconds` is less."""
+    p90 = outcome.conditions.get("p90")
+    if not (isinstance(p90, int | float) and 0 < p90 < MOST_SECONDS):
+        p90 = float(np.percentile(outcome.values, 90))
+    return max(outcome.seconds, p90 - (float(np.median(outcome.values)) - outcome.seconds))
 
 
 def _settle(session: Session, device: Device, touched: set[str]) -> bool:
@@ -212,17 +227,24 @@ def _complete(session: Session, profile: Profile, table_id: str, touched: set[st
 
 
 def _fit(session: Session, device: Device, space: Space) -> None:
-    """Fit a space's overhead and slope from the networks of the current table; a table without a line keeps none."""
+    """Fit each statistic of a space from the networks of the current table; a table without a line keeps none."""
     table = measurements.load_table(session, device.name)
+    for statistic in Statistic:
+        _fit_statistic(session, device, space, table, statistic)
+
+
+def _fit_statistic(session: Session, device: Device, space: Space, table: LatencyTable, statistic: Statistic) -> None:
     pairs: dict[str, list[tuple[float, float]]] = {FITTED: [], HELD_OUT: [], REPEATED: []}
     for channels, purpose in calibration_networks(space):
-        seconds = measurements.measured_network(session, device, work.network_key(space, channels, purpose))
+        key = work.network_key(space, channels, purpose)
+        seconds = measurements.measured_network(session, device, key, statistic)
         if seconds is None or table.missing(space.layers(channels)):
             continue
         total = sum(price.seconds for price in table.price(space, channels).layers)
         pairs[purpose].append((total, seconds))
-        again = measurements.measured_network(session, device, work.network_key(space, channels, REPEATED))
+        key = work.network_key(space, channels, REPEATED)
+        again = measurements.measured_network(session, device, key, statistic)
         if purpose == HELD_OUT and again is not None:
             pairs[REPEATED].append((seconds, again))
     if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT], pairs[REPEATED])) is not None:
-        session.merge(TableFit(table_id=device.table_id, space_key=space.key, **asdict(fit)))
+        session.merge(TableFit(table_id=device.table_id, space_key=space.key, statistic=statistic, **asdict(fit)))

@@ -1,9 +1,9 @@
 """Rows in bulk, on either database."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import ARRAY, Table, cast, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -18,11 +18,30 @@ def insert_missing(session: Session, model: type[Base], rows: Sequence[dict[str,
 
 def upsert(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
     """Insert rows that all have the same columns; one whose primary key exists takes the given values."""
-    if not rows:
+    if rows:
+        session.execute(_taking(_insert(session, model), model, list(rows[0])), rows)
+
+
+def upsert_columns(session: Session, model: type[Base], columns: Mapping[str, Sequence[Any]]) -> None:
+    """`upsert` of thousands of rows, given by columns of one length: a driver's own way to take them is faster."""
+    names, statement, connection = list(columns), _insert(session, model), session.connection()
+    if connection.dialect.name == "sqlite":
+        sql = _taking(statement, model, names).compile(connection.engine, column_keys=names)
+        rows = zip(*(columns[name] for name in sql.positiontup or ()), strict=True)
+        connection.exec_driver_sql(str(sql), list(rows))
         return
-    statement, keys = _insert(session, model), [column.name for column in model.__table__.primary_key]
-    given = {name: statement.excluded[name] for name in rows[0] if name not in keys}
-    session.execute(statement.on_conflict_do_update(index_elements=keys, set_=given), rows)
+    types = {name: ARRAY(model.__table__.c[name].type) for name in names}
+    arrays = [func.unnest(cast(list(values), types[name])) for name, values in columns.items()]
+    session.execute(_taking(statement.from_select(names, select(*arrays)), model, names))
+
+
+def _taking(
+    statement: sqlite.Insert | postgresql.Insert, model: type[Base], names: Sequence[str]
+) -> sqlite.Insert | postgresql.Insert:
+    """The insertion that takes the given values where its primary key exists."""
+    keys = [column.name for column in model.__table__.primary_key]
+    given = {name: statement.excluded[name] for name in names if name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=given)
 
 
 def _insert(session: Session, model: type[Base]) -> sqlite.Insert | postgresql.Insert:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
-from latency_profiler.cost import flops, parameters
+from latency_profiler.cost import Statistic, flops, latency_name, parameters
 from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
 from service.store.models import Candidate, Job, Structure, StructureLatency
@@ -20,7 +20,7 @@ PRUNED = ("kept", "prunable", "sparse_flops", "note")
 
 @dataclass(frozen=True)
 class Judged:
-    """One candidate as a search hands it over; `latencies` are corrected seconds per device name."""
+    """One candidate as a search hands it over; `latencies` are corrected seconds by the latency's name."""
 
     encoding: tuple[int, ...]
     birth: str
@@ -65,11 +65,14 @@ def record_generation(
     """
     ids = add_structures(session, space, [space.channels(one.encoding) for one in judged])
     latencies = [
-        {"structure_id": structure_id, "device_id": device_id, "seconds": one.latencies[name]}
+        {
+            "structure_id": structure_id, "device_id": device_id, "seconds": one.latencies[name],
+            "p90": one.latencies.get(latency_name(name, Statistic.P90)),
+        }
         for structure_id, one in sorted(zip(ids, judged, strict=True), key=lambda pair: pair[0])
         for name, device_id in predicted.items()
         if name in one.latencies
-    ]
+    ]  # fmt: skip
     insert_missing(session, StructureLatency, latencies)
     rows = [
         {
@@ -86,14 +89,9 @@ def record_generation(
 
 
 def record_pruning(
-    session: Session,
-    job: Job,
-    space: Space,
-    method: str,
-    turn: tuple[int, int],
-    judged: Sequence[Mapping[str, Any]],
-    known: int,
-) -> None:
+    session: Session, job: Job, space: Space, method: str, turn: tuple[int, int],
+    judged: Sequence[Mapping[str, Any]], known: int,
+) -> None:  # fmt: skip
     """Store what a pruning method judged on its way, as far as that is not stored yet.
 
     Args:
@@ -109,7 +107,8 @@ def record_pruning(
         rows.append(
             {
                 "job_id": job.id, "structure_id": structure_id, "space_key": f"{space.key}/{method}",
-                "dataset_id": job.dataset_id, "generation": one["round"], "position": (turn[0] * TURN + turn[1]) * TURN + place,
+                "dataset_id": job.dataset_id, "generation": one["round"],
+                "position": (turn[0] * TURN + turn[1]) * TURN + place,
                 "encoding": [], "encoding_key": f"{method}:{turn[1]}.{place}", "flops": flops(layers),
                 "parameters": parameters(layers), "latencies": {}, "proxy_accuracy": one["accuracy"],
                 "proxy_loss": one["loss"], "birth": "pruning", "parents": [],

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sqlalchemy import delete as remove
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from latency_profiler.cost import Statistic, latency_name
 from latency_profiler.errors import AlreadyExists, NotFound, SecateursError
 from service.store.keys import issue_secret
-from service.store.models import TERMINAL, Device, Job, now
+from service.store.models import TERMINAL, Device, Job, Skyband, now
 
 ALIVE_SECONDS = 60.0
 """A device whose agent has not been heard for so long is away."""
@@ -71,6 +73,8 @@ def delete(session: Session, name: str) -> None:
     running = session.execute(select(Job.id, Job.spec).where(Job.state.not_in(TERMINAL)).order_by(Job.created_at))
     if jobs := [job_id for job_id, spec in running if name in _named(spec)]:
         raise DeviceInUse(name, jobs)
+    names = [latency_name(device.id, statistic) for statistic in Statistic]
+    session.execute(remove(Skyband).where(Skyband.cost.in_(names)))
     session.delete(device)
 
 

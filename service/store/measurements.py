@@ -7,14 +7,15 @@ Calls that change a device's tables lock its row first (`devices.lock`, `devices
 import hashlib
 import json
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import Verdict, judge
-from latency_profiler.errors import MeasurementFailed
+from latency_profiler.cost import Statistic
+from latency_profiler.errors import MeasurementFailed, NotCalibrated
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
@@ -153,8 +154,11 @@ def current_fingerprint(session: Session, device: Device) -> Fingerprint | None:
     return session.get(Fingerprint, table.fingerprint_id) if table else None
 
 
-def load_table(session: Session, device_name: str) -> LatencyTable:
+def load_table(session: Session, device_name: str, statistic: Statistic = Statistic.P50) -> LatencyTable:
     """The current table of a device: measured layers and fits; empty when no agent has come yet.
+
+    The entries are medians whatever the statistic: what makes one run in ten slow happens to the machine, not to a
+    layer, so that a network's 90th percentile follows from the medians of its layers by a fit of its own.
 
     Raises:
         NotFound: no device has this name.
@@ -164,22 +168,35 @@ def load_table(session: Session, device_name: str) -> LatencyTable:
     if device.table_id is None or fingerprint is None:
         return LatencyTable(device.name, "")
     entries = {entry.layer.key: entry for entry in _entries(session, device.table_id)}
-    return LatencyTable(device.name, fingerprint.sha256, entries, fits(session, device.table_id))
+    return LatencyTable(device.name, fingerprint.sha256, entries, fits(session, device.table_id, statistic))
 
 
-def fits(session: Session, table_id: str) -> dict[str, Fit]:
+def pricing_table(session: Session, device_name: str, space: Space, statistic: Statistic) -> LatencyTable:
+    """The current table of a device, to price structures of a space by; the sum of layers alone is a median.
+
+    Raises:
+        NotFound: no device has this name.
+        NotCalibrated: the table cannot tell another statistic.
+    """
+    table = load_table(session, device_name, statistic)
+    if statistic is not Statistic.P50 and space.key not in table.fits:
+        raise NotCalibrated(device_name, space.key, statistic)
+    return table
+
+
+def fits(session: Session, table_id: str, statistic: Statistic = Statistic.P50) -> dict[str, Fit]:
     """Space key → fit of a table."""
-    rows = session.scalars(select(TableFit).where(TableFit.table_id == table_id))
+    rows = session.scalars(select(TableFit).where(TableFit.table_id == table_id, TableFit.statistic == statistic))
     names = Fit.__dataclass_fields__
     return {row.space_key: Fit(**{name: getattr(row, name) for name in names}) for row in rows}
 
 
-def verdict(session: Session, device: Device, space_key: str) -> Verdict:
+def verdict(session: Session, device: Device, space_key: str, statistic: Statistic = Statistic.P50) -> Verdict:
     """How far the current table's prices of a space are to be trusted."""
     table = current_table(session, device)
     if table is None:
         return judge(None)
-    return judge(fits(session, table.id).get(space_key), table.stale, table.drift or 0.0)
+    return judge(fits(session, table.id, statistic).get(space_key), table.stale, table.drift or 0.0)
 
 
 def coverage(session: Session, device: Device, space: Space, points: int | None) -> list[str]:
@@ -203,55 +220,36 @@ def failures(session: Session, device: Device) -> dict[str, str]:
 
 
 def request_networks(
-    session: Session, device: Device, items: Iterable[tuple[Space, Sequence[int], str]], priority: int = 0
+    session: Session,
+    device: Device,
+    items: Iterable[tuple[Space, Sequence[int], str]],
+    priority: int = 0,
+    statistic: Statistic = Statistic.P50,
 ) -> list[str]:
     """Ask for whole networks (space, channels, purpose) to be measured for the device's current table.
 
     Asking again changes nothing, so a job asks whenever it looks: the table may be another one by then. Nothing is
-    planned until an agent has come.
+    planned until an agent has come. A statistic other than the median takes more runs, and both are measured.
 
     Returns:
         Their keys, for `network_seconds`.
     """
-    networks = [work.network_item(space, channels, purpose) for space, channels, purpose in items]
+    networks = [work.network_item(space, channels, purpose, statistic) for space, channels, purpose in items]
     if (table_id := _measured_table(session, device)) is not None:
         work.add(session, table_id, networks, priority)
     return [network.key for network in networks]
 
 
-def network_seconds(session: Session, device: Device, key: str) -> float | None:
+def network_seconds(session: Session, device: Device, key: str, statistic: Statistic = Statistic.P50) -> float | None:
     """Measured seconds of a network on the device's current table; None while it waits.
 
     Raises:
         MeasurementFailed: the device tried and could not; the message is its reason.
     """
-    seconds = measured_network(session, device, key)
+    seconds = measured_network(session, device, key, statistic)
     if seconds is None and (reason := failures(session, device).get(key)) is not None:
         raise MeasurementFailed(f"{device.name} could not measure {key}: {reason}")
     return seconds
-
-
-def import_table(session: Session, device: Device, table: LatencyTable) -> tuple[int, bool]:
-    """Take the entries and fits of a table that was measured elsewhere, under a fingerprint of their own.
-
-    Entries that were imported from the same source before stay as they are.
-
-    Returns:
-        How many entries are new, and whether the table is the device's current one: it becomes that only where no
-        agent has come.
-    """
-    devices.lock(session, device)
-    table_id = open_table(session, device, {"imported": True, "source": table.fingerprint})
-    row = session.get_one(LookupTable, table_id)
-    known = set(session.scalars(select(Measurement.key).where(Measurement.table_id == table_id)))
-    new = [entry for key, entry in table.entries.items() if key not in known]
-    if new:
-        session.execute(insert(Measurement), [_imported(row, entry) for entry in new])
-    for key, fit in table.fits.items():
-        session.merge(TableFit(table_id=table_id, space_key=key, **asdict(fit)))
-    if device.table_id is None:
-        switch(session, device, table_id)
-    return len(new), device.table_id == table_id
 
 
 def open_table(session: Session, device: Device, facts: dict[str, Any]) -> str:
@@ -332,15 +330,6 @@ def wake(session: Session) -> bool:
     return jobs.wake(session, (JobState.PROFILING, JobState.SEARCHING, JobState.VERIFYING)) > 0
 
 
-def _imported(table: LookupTable, entry: Entry) -> dict[str, Any]:
-    """A layer measured elsewhere: its raw values are not known, only how many there were."""
-    return {
-        "table_id": table.id, "fingerprint_id": table.fingerprint_id, "kind": WorkKind.LAYER, "key": entry.layer.key,
-        "payload": {"layer": entry.layer.to_json(), "count": entry.count}, "seconds": entry.seconds, "iqr": entry.iqr,
-        "steady": entry.steady, "values": [], "conditions": {"source": "imported"}, "upload_id": "import",
-    }  # fmt: skip
-
-
 def _entries(session: Session, table_id: str) -> list[Entry]:
     """Measured layers of a table; the raw values stay in the database."""
     count = func.json_array_length(Measurement.values)
@@ -355,9 +344,10 @@ def _entries(session: Session, table_id: str) -> list[Entry]:
     ]  # fmt: skip
 
 
-def measured_network(session: Session, device: Device, key: str) -> float | None:
+def measured_network(session: Session, device: Device, key: str, statistic: Statistic = Statistic.P50) -> float | None:
     """Seconds of a network in the device's current table, None where there are none."""
-    query = select(Measurement.seconds).where(
+    column = Measurement.p90 if statistic is Statistic.P90 else Measurement.seconds
+    query = select(column).where(
         Measurement.table_id == device.table_id, Measurement.kind == WorkKind.NETWORK, Measurement.key == key
     )  # fmt: skip
     return session.scalar(query)

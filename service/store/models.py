@@ -29,6 +29,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.functions import FunctionElement
 
+from latency_profiler.cost import Statistic
+
 BigId = BigInteger().with_variant(Integer, "sqlite")
 """A counting primary key: SQLite counts only `INTEGER` ones."""
 
@@ -215,6 +217,8 @@ class TableFit(Base):
     __tablename__ = "table_fits"
     table_id: Mapped[str] = mapped_column(ForeignKey("lookup_tables.id", ondelete="CASCADE"), primary_key=True)
     space_key: Mapped[str] = mapped_column(String(100), primary_key=True)
+    statistic: Mapped[Statistic] = mapped_column(_enum(Statistic), primary_key=True, default=Statistic.P50)
+    """What is fitted: the networks' medians, or another percentile of their runs."""
     overhead: Mapped[float]
     slope: Mapped[float]
     fitted_on: Mapped[int]
@@ -291,11 +295,14 @@ class Measurement(Base):
     """The work's payload."""
     seconds: Mapped[float]
     """The median of `values`, less the runtime's empty run for a layer."""
+    p90: Mapped[float | None]
+    """The 90th percentile of single runs (of `values`, where runs were not timed one by one), less the same."""
     iqr: Mapped[float]
     steady: Mapped[bool] = mapped_column(Boolean)
     values: Mapped[list[float]]
     conditions: Mapped[dict[str, Any]]
-    """Loops, warm-up, empty run, load, frequency, agent's version, source (`measured` or `imported`)."""
+    """Loops, single runs, warm-up, empty run, load, frequency, time, versions of agent and runtime, source (`measured`
+    or `imported`)."""
     upload_id: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float] = mapped_column(default=now())
 
@@ -443,6 +450,9 @@ class StructureLatency(Base):
     prices: Mapped[str | None] = mapped_column(String(32))
     """Digest of the prices (`LatencyModel.digest`); None is a job's prediction that no table was asked about yet."""
     seconds: Mapped[float]
+    """The median run's."""
+    p90: Mapped[float | None]
+    """None where the table does not tell it."""
 
 
 class Pricing(Base):
@@ -457,6 +467,22 @@ class Pricing(Base):
     """Digest of the prices; None where the table lacks layers of the space."""
     structures: Mapped[int]
     """How many are done."""
+
+
+class Skyband(Base):
+    """What answers "best under one bound" without reading every candidate (`service.store.skybands`)."""
+
+    __tablename__ = "skybands"
+    space_key: Mapped[str] = mapped_column(String(100), primary_key=True)
+    dataset_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    cost: Mapped[str] = mapped_column(String(40), primary_key=True)
+    """`flops`, `parameters`, or a latency: its name, with the device's id for the device."""
+    prices: Mapped[str | None] = mapped_column(String(32))
+    """Digest of the prices that the members' latencies are from."""
+    upto: Mapped[int]
+    """The last candidate that was looked at."""
+    members: Mapped[bytes]
+    """An array of `skybands.MEMBER`, the best first."""
 
 
 class Candidate(Base):
@@ -494,7 +520,7 @@ class Candidate(Base):
     flops: Mapped[int]
     parameters: Mapped[int]
     latencies: Mapped[dict[str, Any]]
-    """Device name → predicted seconds under the job's table and correction."""
+    """Name of a latency (`cost.latency_name`) → predicted seconds under the job's table and correction."""
     proxy_accuracy: Mapped[float]
     proxy_loss: Mapped[float]
     birth: Mapped[str] = mapped_column(String(16))
@@ -548,9 +574,9 @@ class Result(Base):
     test_loss: Mapped[float]
     settings: Mapped[dict[str, Any]]
     predicted: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Device name → predicted seconds."""
+    """Name of a latency → predicted seconds."""
     measured: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Device name → measured seconds of the whole network."""
+    """Name of a latency → measured seconds of the whole network."""
     weights: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"))
     """`weights.safetensors`."""
     model: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"))

@@ -1,8 +1,8 @@
 """Structures that were found, across all jobs.
 
-"Best under a budget" walks the index `ix_candidates_best` from the best accuracy down and stops when it has enough:
-where many structures satisfy the budget it reads a few rows, and it never reads the table itself. Equal accuracies
-are ordered by FLOPs, then by age.
+One bound is answered from a skyband (`skybands`), however tight it is. "Best under a budget" of several bounds walks
+the index `ix_candidates_best` from the best accuracy down and stops when it has enough: where many structures satisfy
+the budget it reads a few rows, and it never reads the table itself. Equal accuracies are ordered by FLOPs, then by age.
 """
 
 import heapq
@@ -10,24 +10,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from sqlalchemy import ColumnElement, Select, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
+from latency_profiler.cost import Statistic, latency_name, split_latency
 from latency_profiler.errors import NotFound
+from service.store import skybands
 from service.store.models import Candidate, Dataset, Device, Job, Result, Structure, StructureLatency
+from service.store.skybands import COUNTS, Members, Place
 
 CHUNK = 64
-Cost = Literal["flops", "parameters"]
 SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Upper bounds; `latencies` are device id → seconds."""
+    """Upper bounds; `latencies` are seconds by a latency's name, with the device's id in it (`latency_name`)."""
 
     flops: int | None = None
     parameters: int | None = None
     latencies: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """All of them by the name of what is bounded (`skybands.Place.cost`)."""
+        counts = {"flops": self.flops, "parameters": self.parameters}
+        return {name: most for name, most in counts.items() if most is not None} | dict(self.latencies)
 
 
 class Hit(NamedTuple):
@@ -57,13 +66,24 @@ def best_candidates(
     session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int
 ) -> list[Hit]:
     """The distinct structures of highest proxy accuracy within a budget, best first."""
-    walks = [_walk(session, _candidates(key, dataset_id, budget), max(CHUNK, 2 * limit)) for key in space_keys]
+    found = [_best(session, key, dataset_id, budget, limit) for key in space_keys]
     hits: dict[str, Hit] = {}
-    for hit in heapq.merge(*walks, key=_rank):
+    for hit in heapq.merge(*found, key=_rank):
         hits.setdefault(hit.structure_id, hit)
         if len(hits) == limit:
             break
     return list(hits.values())
+
+
+def _best(session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int) -> Iterator[Hit]:
+    """At least so many structures within a budget, best first, if there are so many."""
+    if len(budget.bounds) == 1 and limit <= skybands.MOST:
+        [(cost, most)] = budget.bounds.items()
+        members = skybands.read(session, Place(space_key, dataset_id, cost))
+        if members is not None:
+            chosen = members[members["cost"] <= most][:limit]
+            return (Hit(accuracy, flops, found, id_.decode()) for accuracy, flops, found, _, id_ in chosen.tolist())
+    return _walk(session, _candidates(space_key, dataset_id, budget), max(CHUNK, 2 * limit))
 
 
 def best_results(session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int) -> list[Hit]:
@@ -82,11 +102,9 @@ def best_results(session: Session, space_keys: Sequence[str], dataset_id: str, b
     return list(hits.values())
 
 
-def front(
-    session: Session, space_keys: Sequence[str], dataset_id: str, cost: Cost | None, device_id: str | None
-) -> list[Point]:
-    """The Pareto front of proxy accuracy against a cost (or against a device's seconds), cheapest first."""
-    points = [point for key in space_keys for point in _front(session, key, dataset_id, cost, device_id)]
+def front(session: Session, space_keys: Sequence[str], dataset_id: str, cost: str) -> list[Point]:
+    """The Pareto front of proxy accuracy against a cost (`skybands.Place.cost`), cheapest first."""
+    points = [point for key in space_keys for point in _front(session, Place(key, dataset_id, cost))]
     points.sort(key=lambda point: (point.cost, -point.accuracy, point.found))
     kept: list[Point] = []
     for point in points:
@@ -95,18 +113,30 @@ def front(
     return kept
 
 
-def _front(
-    session: Session, space_key: str, dataset_id: str, cost: Cost | None, device_id: str | None
-) -> Iterator[Point]:
+def _front(session: Session, place: Place) -> Iterator[Point]:
     """From the highest accuracy down: each point is the best of all that are cheaper than the one before."""
-    place = (Candidate.space_key == space_key, Candidate.dataset_id == dataset_id)
-    price: Any = StructureLatency.seconds if cost is None else getattr(Candidate, cost)
-    query = select(Candidate.proxy_accuracy, price, Candidate.id, Candidate.structure_id).where(*place)
-    if cost is None:
+    members = skybands.read(session, place)
+    return _walk_front(session, place) if members is None else _front_of(members)
+
+
+def _front_of(members: Members) -> Iterator[Point]:
+    last = float("inf")
+    ordered = members[np.lexsort((members["flops"], members["cost"], -members["accuracy"]))]
+    for accuracy, _, found, cost, structure_id in ordered.tolist():
+        if cost < last:
+            last = cost
+            yield Point(accuracy, cost, found, structure_id.decode())
+
+
+def _walk_front(session: Session, place: Place) -> Iterator[Point]:
+    here = (Candidate.space_key == place.space_key, Candidate.dataset_id == place.dataset_id)
+    query = select(Candidate.proxy_accuracy, price := _price(place.cost), Candidate.id, Candidate.structure_id)
+    query = query.where(*here)
+    if place.cost not in COUNTS:
         query = query.join(StructureLatency, StructureLatency.structure_id == Candidate.structure_id)
-        query = query.where(StructureLatency.device_id == device_id)
-    lowest = session.scalar(select(func.min(Candidate.flops)).where(*place)) if cost == "flops" else None
-    query = query.order_by(Candidate.proxy_accuracy.desc(), price, Candidate.id).limit(1)
+        query = query.where(StructureLatency.device_id == split_latency(place.cost)[0], price.is_not(None))
+    lowest = session.scalar(select(func.min(Candidate.flops)).where(*here)) if place.cost == "flops" else None
+    query = query.order_by(Candidate.proxy_accuracy.desc(), price, Candidate.flops, Candidate.id).limit(1)
     row = session.execute(query).first()
     while row is not None:
         point = Point(*row)
@@ -114,6 +144,13 @@ def _front(
         if point.cost == lowest:
             return
         row = session.execute(query.where(Candidate.proxy_accuracy < point.accuracy, price < point.cost)).first()
+
+
+def _price(cost: str) -> Any:
+    """The column of a cost."""
+    if cost in COUNTS:
+        return getattr(Candidate, cost)
+    return StructureLatency.p90 if split_latency(cost)[1] is Statistic.P90 else StructureLatency.seconds
 
 
 def _candidates(space_key: str, dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
@@ -130,9 +167,9 @@ def _within(budget: Budget, flops: Any, parameters: Any, structure_id: Any) -> l
         bounds.append(flops <= budget.flops)
     if budget.parameters is not None:
         bounds.append(parameters <= budget.parameters)
-    for device_id, seconds in budget.latencies.items():
-        latency = select(StructureLatency.seconds).where(
-            StructureLatency.structure_id == structure_id, StructureLatency.device_id == device_id
+    for name, seconds in budget.latencies.items():
+        latency = select(_price(name)).where(
+            StructureLatency.structure_id == structure_id, StructureLatency.device_id == split_latency(name)[0]
         )
         bounds.append(latency.scalar_subquery() <= seconds)
     return bounds
@@ -177,15 +214,17 @@ def by_id(session: Session, ids: Sequence[str]) -> dict[str, Structure]:
 
 
 def latencies(session: Session, ids: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Predicted seconds by structure id and device name."""
+    """Predicted seconds by structure id and the latency's name."""
     query = (
-        select(StructureLatency.structure_id, Device.name, StructureLatency.seconds)
+        select(StructureLatency.structure_id, Device.name, StructureLatency.seconds, StructureLatency.p90)
         .join(Device, Device.id == StructureLatency.device_id)
         .where(StructureLatency.structure_id.in_(ids))
     )
     found: dict[str, dict[str, float]] = {structure_id: {} for structure_id in ids}
-    for structure_id, name, seconds in session.execute(query):
+    for structure_id, name, seconds, p90 in session.execute(query):
         found[structure_id][name] = seconds
+        if p90 is not None:
+            found[structure_id][latency_name(name, Statistic.P90)] = p90
     return found
 
 

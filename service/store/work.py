@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks
+from latency_profiler.cost import Statistic
 from latency_profiler.lookup_table import plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -40,11 +41,12 @@ def network_key(space: Space, channels: Sequence[int], purpose: str) -> str:
     return f"{space.key}|{space.digest(channels)}|{purpose}"
 
 
-def network_item(space: Space, channels: Sequence[int], purpose: str) -> Item:
-    """A whole network."""
+def network_item(space: Space, channels: Sequence[int], purpose: str, statistic: Statistic = Statistic.P50) -> Item:
+    """A whole network; the statistic is the one that its measurement is to decide about."""
     payload = {
         "nodes": [asdict(node) for node in space.nodes(channels)],
         "space_key": space.key, "channels": list(space.complete(channels)), "purpose": purpose,
+        "statistic": statistic,
     }  # fmt: skip
     return Item(WorkKind.NETWORK, network_key(space, channels, purpose), payload)
 

@@ -24,7 +24,7 @@ from latency_profiler.measuring import GROUP_SIZE, failure, measure_groups, meas
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import EMPTY_SECONDS, Simulated
 from latency_profiler.spaces.registry import get_space
-from latency_profiler.timing import Stopwatch
+from latency_profiler.timing import TAIL, Stopwatch
 
 Json = dict[str, Any]
 Interfere = Callable[[str, Json], httpx2.Response | None]
@@ -91,6 +91,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Agen
 
 
 Start = Callable[..., Agent]
+LARGEST_FACTS = 16 << 10
+"""Bytes of conditions that the service takes."""
 
 
 def spooled(tmp_path: Path) -> list[Path]:
@@ -112,6 +114,20 @@ def test_everything_that_is_leased_is_measured_and_handed_in(start: Start, tmp_p
         assert result["conditions"]["empty_run"] == pytest.approx(EMPTY_SECONDS, rel=0.05)
     network = service.results[100]
     assert network["seconds"] == pytest.approx(np.median(network["values"])), "a network keeps its call"
+    told = network["conditions"]
+    assert told["p90"] == pytest.approx(np.percentile(told["singles"], 90))
+    assert {"load", "at", "agent", "loops", "warmup", "outliers"} <= told.keys()
+    assert told["runtime"] == f"simulated {Simulated.version}"
+
+
+def test_a_percentile_that_decides_takes_more_runs_and_fits_into_an_upload() -> None:
+    plain, tail = network_item(1), network_item(2)
+    tail["payload"]["statistic"] = "p90"
+    results = measure_work(Simulated(Settings()), [plain, tail], np.random.default_rng(0))
+    runs = {one["work_id"]: len(one["conditions"]["singles"]) for one in results}
+    assert runs[2] >= TAIL.least > runs[1] / TAIL.singles
+    assert len(json.dumps(results[0]["conditions"])) < LARGEST_FACTS
+    assert len(json.dumps(results[1]["conditions"])) < LARGEST_FACTS
 
 
 def layer(item: Json) -> Layer:

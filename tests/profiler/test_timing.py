@@ -128,3 +128,33 @@ def test_a_subject_that_fails_says_why_and_stops_no_other() -> None:
     assert good.timing().median == pytest.approx(1e-3)
     with pytest.raises(MeasurementFailed, match="OSError: no such kernel"):
         bad.timing()
+
+
+def test_single_runs_are_timed_by_themselves_and_are_part_of_their_loop() -> None:
+    costs = [1e-4 + at * 1e-9 for at in range(10_000)]
+    timing = measure(Machine(costs).stopwatch, Effort(value=1e-3, least=20, most=20, singles=4))
+    assert (len(timing.values), len(timing.singles)) == (20, 80)
+    for at, value in enumerate(timing.values):
+        loop = costs[timing.warmup + at * timing.loops :][: timing.loops]
+        assert value == pytest.approx(np.mean(loop), abs=1e-12), "a loop is all of its runs"
+        assert timing.singles[4 * at : 4 * at + 4] == pytest.approx(loop[:4], abs=1e-12)
+    assert timing.p90 == pytest.approx(np.percentile(timing.singles, 90))
+
+
+def test_the_percentile_is_that_of_runs_where_a_loop_would_hide_it() -> None:
+    """One run in five is slow; every loop has two of them, so that all loops are alike."""
+    costs = [5e-4, 1e-4, 1e-4, 1e-4, 1e-4] * 10_000
+    apart = measure(Machine(costs).stopwatch, Effort(value=1.8e-3, least=30, most=30, singles=10))
+    together = measure(Machine(costs).stopwatch, Effort(value=1.8e-3, least=30, most=30))
+    assert apart.p90 == pytest.approx(5e-4)
+    assert together.p90 < 2.5e-4
+    assert together.singles == ()
+
+
+def test_a_subject_that_cannot_time_single_runs_gives_values_only() -> None:
+    class Remote:
+        def seconds(self, runs: int) -> float:
+            return 2e-4 * runs
+
+    timing = measure(Remote(), Effort(singles=8))
+    assert (timing.singles, timing.p90) == ((), pytest.approx(2e-4))

@@ -279,3 +279,20 @@ def test_a_job_shows_its_front_and_how_the_search_went() -> None:
     assert [line.split()[0] for line in shown.splitlines() if " K" in line] == ["winner", "winner"]
     assert "uniform  channels 990" in shown
     assert all(text in shown for text in ("87.50 %", "62.50 %", "every structure within the budget was judged"))
+
+
+def test_a_budget_may_be_about_nine_of_ten_runs(server: str, call: Any) -> None:
+    call("devices", "add", "bench")
+    bound = ["--device", "bench", "--max-ms", "5", "--statistic", "p90"]
+    job = answer(call(*JOB, *bound, "--json"))
+    assert job["spec"]["constraints"] == [
+        {"metric": "latency", "device": "bench", "max_ms": 5.0, "min_ms": None, "statistic": "p90"}
+    ]
+    _, shown, _ = call("jobs", job["id"])
+    assert "bench:p90 ≤ 5 ms" in shown
+    place = ["--space", "mobilenet_v1", "--dataset", "digits"]
+    assert answer(call("best", *place, *bound, "--json"))["items"] == []
+    assert answer(call("pareto", *place, "--device", "bench", "--statistic", "p90", "--json"))["items"] == []
+    code, _, err = call(*JOB, *bound[:-1], "p95")
+    assert code != 0
+    assert "p90" in err

@@ -13,7 +13,7 @@ from latency_profiler.cost import flops
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import broker
-from service.store import devices, jobs, measurements, structures
+from service.store import devices, exchange, jobs, structures
 from service.store.candidates import Judged, record_generation
 from service.store.models import Job, JobState
 from service.store.session import snapshot, transaction
@@ -120,7 +120,7 @@ def test_a_latency_budget_waits_for_the_table_or_is_compared_with_it(client: Tes
     space = get_space("mobilenet_v1", 8, 0.25, 10, True)
     entries = {layer.key: Entry(layer, 1e-3) for layer in plan_layers(space, 2)}
     with transaction() as session:
-        measurements.import_table(session, devices.get(session, "bench"), LatencyTable("bench", "f" * 64, entries))
+        exchange.take(session, devices.get(session, "bench"), LatencyTable("bench", "f" * 64, entries).to_json())
     problem = submit(client, constraints=asked).json()
     assert problem["type"] == "urn:secateurs:infeasible-constraint"
     assert problem["smallest"] == pytest.approx(len(space.units) * 1.0)

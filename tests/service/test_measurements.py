@@ -18,7 +18,7 @@ from latency_profiler.errors import MeasurementFailed, NotFound
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
-from service.store import agents, devices, measurements, work
+from service.store import agents, devices, exchange, measurements, work
 from service.store.agents import Batch, Outcome
 from service.store.models import Measurement, Profile, Upload, Work, WorkKind, WorkState
 from service.store.session import transaction
@@ -309,8 +309,8 @@ def test_a_table_survives_export_and_import(database: str) -> None:
     register(points=3)
     with transaction() as session:
         device = devices.get(session, "bench")
-        assert measurements.import_table(session, device, table) == (len(entries), True)
-        assert measurements.import_table(session, device, table) == (0, True)
+        assert exchange.take(session, device, table.to_json()) == (len(entries), True)
+        assert exchange.take(session, device, table.to_json()) == (0, True)
         assert measurements.counts(session, device) == dict.fromkeys(WorkState, 0), "nobody could measure for it"
     found = load()
     assert (found.entries, found.fits) == (table.entries, table.fits)
@@ -318,7 +318,7 @@ def test_a_table_survives_export_and_import(database: str) -> None:
     with transaction() as session:
         device = devices.get(session, "bench")
         fresh = replace(table, fingerprint="e" * 64)
-        assert measurements.import_table(session, device, fresh) == (len(entries), False), "the agent's table stays"
+        assert exchange.take(session, device, fresh.to_json()) == (len(entries), False), "the agent's table stays"
     assert load().entries == {}
 
 

@@ -3,13 +3,28 @@
 import pytest
 from alembic import command
 from fastapi.testclient import TestClient
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import create_engine, inspect, select, text
 
 from service import admin
 from service.app import create_app
 from service.store import keys
-from service.store.models import Base
+from service.store.models import Base, Measurement, TableFit
 from service.store.session import get_engine, transaction
+
+OLD_ROWS = (
+    "INSERT INTO devices VALUES ('d', 'bench', '', 'p', 'x', 't', 0, NULL, NULL)",
+    "INSERT INTO fingerprints VALUES ('f', 'd', 'sha', '{}', 0)",
+    "INSERT INTO lookup_tables (id, device_id, fingerprint_id, created_at) VALUES ('t', 'd', 'f', 0)",
+    "INSERT INTO table_fits (table_id, space_key, overhead, slope, fitted_on, held_out, mean_error, max_error, "
+    "created_at) VALUES ('t', 's', 1, 2, 8, 8, 0, 0, 0)",
+    *(
+        'INSERT INTO measurements (table_id, fingerprint_id, kind, key, payload, seconds, iqr, steady, "values", '
+        f"conditions, upload_id, created_at) VALUES ('t', 'f', 'layer', '{key}', '{{}}', 2.5, 0, true, '{values}', "
+        "'{}', 'u', 0)"
+        for key, values in (("layer", "[1, 2, 3, 4, 5]"), ("imported", "[]"))
+    ),
+)
+"""As they are at revision 0003."""
 
 
 def test_models_and_migrations_agree(database: str) -> None:
@@ -25,6 +40,21 @@ def test_up_and_down_and_up(home: object) -> None:
     assert inspect(get_engine()).get_table_names() == ["alembic_version"]
     admin.migrate()
     admin.check_schema()
+
+
+def test_what_was_measured_before_has_its_percentile_from_its_values(home: object) -> None:
+    admin.migrate(revision="0003")
+    with get_engine().begin() as connection:
+        for statement in OLD_ROWS:
+            connection.execute(text(statement))
+    admin.migrate()
+    with transaction() as session:
+        found = dict(session.execute(select(Measurement.key, Measurement.p90)).all())
+        assert session.scalars(select(TableFit.statistic)).one() == "p50"
+    assert found == {"layer": pytest.approx(4.6 - 0.5), "imported": None}
+    command.downgrade(admin.alembic_config(), "0003")
+    with get_engine().connect() as connection:
+        assert connection.scalar(text("SELECT slope FROM table_fits")) == 2.0
 
 
 def test_an_old_schema_is_refused(database: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import reconciler
 from service.specs import JobRequest
-from service.store import agents, candidates, datasets, devices, jobs, measurements, repricing
+from service.store import agents, candidates, datasets, devices, exchange, jobs, measurements, repricing
 from service.store.candidates import Judged
 from service.store.models import Device, StructureLatency
 from service.store.session import snapshot, transaction
@@ -44,7 +44,7 @@ def find(first: int = 0, count: int = FOUND) -> None:
 def arrive(name: str, given: LatencyTable) -> str:
     with transaction() as session:
         device, _ = devices.register(session, name)
-        measurements.import_table(session, device, given)
+        exchange.take(session, device, given.to_json())
         return device.id
 
 
@@ -103,7 +103,7 @@ def test_only_what_changed_is_priced_again(database: str) -> None:
     reprice()
     with transaction() as session:
         line = replace(FIT, slope=0.5)
-        measurements.import_table(session, session.get_one(Device, second), replace(table(2.0), fits={SPACE.key: line}))
+        exchange.take(session, session.get_one(Device, second), replace(table(2.0), fits={SPACE.key: line}).to_json())
     with snapshot() as session:
         assert [one.device_id for one in repricing.due(session)] == [second]
     reprice()
@@ -131,7 +131,7 @@ def test_a_table_that_lacks_layers_prices_nothing_and_keeps_what_was(database: s
     assert latencies(device_id) == {}
     assert client.get("/v1/devices/gaps").json()["pricing"][0]["priced"] == 0
     with transaction() as session:
-        measurements.import_table(session, session.get_one(Device, device_id), replace(table(), fingerprint="source"))
+        exchange.take(session, session.get_one(Device, device_id), replace(table(), fingerprint="source").to_json())
     reprice()
     assert latencies(device_id) == expected(table())
 

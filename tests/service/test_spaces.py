@@ -9,7 +9,7 @@ from latency_profiler.cost import authors_flops, flops, parameters
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
 from latency_profiler.quote import quote
 from latency_profiler.spaces.registry import SPACES, get_space
-from service.store import devices, measurements
+from service.store import devices, exchange
 from service.store.session import transaction
 
 
@@ -45,7 +45,7 @@ def test_a_price_is_the_command_lines_price(client: TestClient) -> None:
         tables[name] = LatencyTable(name, "f" * 64, entries)
         with transaction() as session:
             devices.register(session, name)
-            measurements.import_table(session, devices.get(session, name), tables[name])
+            exchange.take(session, devices.get(session, name), tables[name].to_json())
     body = {"encoding": encoding, "image_size": 32, "width": 0.5, "classes": 10, "devices": ["fast", "slow"]}
     answer = client.post("/v1/spaces/mobilenet_v2/price", json=body).json()
     channels = space.channels(encoding)

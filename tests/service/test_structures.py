@@ -53,12 +53,14 @@ def fill(rows: int, seed: int = 0) -> tuple[str, list[dict[str, Any]]]:
             {
                 "structure_id": kind["id"],
                 "device_id": device.id,
+                "prices": "now",
                 "seconds": draw.randrange(1, 1000) / 1000,
+                "p90": draw.randrange(1, 1000) / 1000,
             }
             for kind in kinds[: rows // 3]
         ]
         session.execute(insert(StructureLatency), latencies)
-        seconds = {row["structure_id"]: row["seconds"] for row in latencies}
+        priced = {row["structure_id"]: row for row in latencies}
         found = []
         for n in range(rows):
             i = draw.randrange(len(kinds))
@@ -72,7 +74,10 @@ def fill(rows: int, seed: int = 0) -> tuple[str, list[dict[str, Any]]]:
                 }
             )  # fmt: skip
         session.execute(insert(Candidate), found)
-    return dataset.id, [row | {"seconds": seconds.get(row["structure_id"])} for row in found]
+    none = {"seconds": None, "p90": None}
+    return dataset.id, [
+        row | {name: priced.get(row["structure_id"], none)[name] for name in none} for row in found
+    ]  # fmt: skip
 
 
 def scan(rows: list[dict[str, Any]], keys: list[str], budget: Budget, limit: int) -> list[Hit]:
@@ -83,7 +88,10 @@ def scan(rows: list[dict[str, Any]], keys: list[str], budget: Budget, limit: int
         if row["space_key"] in keys
         and (budget.flops is None or row["flops"] <= budget.flops)
         and (budget.parameters is None or row["parameters"] <= budget.parameters)
-        and all(row["seconds"] is not None and row["seconds"] <= most for most in budget.latencies.values())
+        and all(
+            (value := row["p90" if name.endswith(":p90") else "seconds"]) is not None and value <= most
+            for name, most in budget.latencies.items()
+        )
     ]
     allowed.sort(key=lambda hit: (-hit.accuracy, hit.flops, hit.found))
     best: dict[str, Hit] = {}
@@ -101,14 +109,14 @@ def test_best_is_that_of_a_full_scan(database: str) -> None:
             keys = draw.choice([KEYS, KEYS[:1], []])
             budget = Budget(
                 draw.choice([None, 0, 5, 50, 500]), draw.choice([None, 20, 500]),
-                draw.choice([{}, {device_id: 0.02}, {device_id: 0.5}]),
+                draw.choice([{}, {device_id: 0.02}, {device_id: 0.5}, {f"{device_id}:p90": 0.3}]),
             )  # fmt: skip
             limit = draw.choice([1, 10, 200])
             found = structures.best_candidates(session, keys, dataset_id, budget, limit)
             assert found == scan(rows, keys, budget, limit), (keys, budget, limit)
 
 
-@pytest.mark.parametrize("cost", ["flops", "parameters", "seconds"])
+@pytest.mark.parametrize("cost", ["flops", "parameters", "seconds", "p90"])
 def test_fronts_are_those_of_a_full_scan(database: str, cost: str) -> None:
     dataset_id, rows = fill(2000)
     priced = sorted((row for row in rows if row[cost] is not None), key=lambda row: (row[cost], -row["proxy_accuracy"]))
@@ -118,8 +126,8 @@ def test_fronts_are_those_of_a_full_scan(database: str, cost: str) -> None:
             expected.append((row["proxy_accuracy"], row[cost]))
     with snapshot() as session:
         device_id = structures.device_ids(session, ["bench"])["bench"]
-        kind: Any = None if cost == "seconds" else cost
-        points = structures.front(session, KEYS, dataset_id, kind, device_id)
+        name = {"seconds": device_id, "p90": f"{device_id}:p90"}.get(cost, cost)
+        points = structures.front(session, KEYS, dataset_id, name)
     assert [(point.accuracy, point.cost) for point in points] == expected
     assert all(isinstance(point, Point) for point in points)
 
@@ -134,7 +142,7 @@ def test_neither_reads_the_table_of_candidates(database: str) -> None:
     event.listen(get_engine(), "before_cursor_execute", note)
     with snapshot() as session:
         structures.best_candidates(session, KEYS, dataset_id, Budget(flops=500), 10)
-        structures.front(session, KEYS, dataset_id, "flops", None)
+        structures.front(session, KEYS, dataset_id, "flops")
     event.remove(get_engine(), "before_cursor_execute", note)
     with get_engine().begin() as connection:
         connection.execute(text("ANALYZE"))
@@ -159,7 +167,16 @@ def search(client: TestClient) -> tuple[dict[str, Any], list[Judged]]:
     ).json()  # fmt: skip
     space = SPACES[0]
     judged = [
-        Judged((i,) * len(space.genes), "random", (), 1000 + i, 50 - i, {"bench": 0.001 * (i + 1)}, i / 10, 1.0)
+        Judged(
+            (i,) * len(space.genes),
+            "random",
+            (),
+            1000 + i,
+            50 - i,
+            {"bench": 0.001 * (i + 1), "bench:p90": 0.002 * (i + 1)},
+            i / 10,
+            1.0,
+        )
         for i in range(10)
     ]
     with transaction() as session:
@@ -176,7 +193,9 @@ def test_best_over_http(client: TestClient) -> None:
     expected = [list(SPACES[0].channels(judged[i].encoding)) for i in (4, 3)]
     assert [item["channels"] for item in items] == expected
     assert [list(SPACES[0].channels(item["encoding"])) for item in items] == expected
-    assert items[0]["predicted_ms"] == {"bench": pytest.approx(5.0)}
+    assert items[0]["predicted_ms"] == {"bench": pytest.approx(5.0), "bench:p90": pytest.approx(10.0)}
+    tail = client.get("/v1/structures/best", params=query | {"statistic": "p90"}).json()["items"]
+    assert [item["channels"] for item in tail] == [list(SPACES[0].channels(judged[i].encoding)) for i in (1, 0)]
     assert (items[0]["job_id"], items[0]["generation"], items[0]["test_accuracy"]) == (job["id"], 2, None)
     for more, count in (
         ({"space": job["space_key"]}, 10), ({"image_size": 8}, 10), ({"image_size": 16}, 0), ({"width": 1.0}, 10),

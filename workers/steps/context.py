@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from latency_profiler.cost import Constraint, Metric
+from latency_profiler.cost import Constraint, Metric, split_latency
 from latency_profiler.errors import DamagedCheckpoint
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
@@ -98,14 +98,15 @@ class Context:
         return [bound.constraint() for bound in self.spec.constraints]
 
     @cached_property
-    def constrained_devices(self) -> list[str]:
-        """Devices whose latency is constrained."""
-        return [c.device for c in self.constraints if c.metric is Metric.LATENCY and c.device]
+    def constrained(self) -> list[str]:
+        """Names of the latencies that are constrained (`latency_name`)."""
+        return [c.latency for c in self.constraints if c.metric is Metric.LATENCY and c.latency]
 
     @cached_property
-    def devices(self) -> list[str]:
-        """Devices that measure the winner: the constrained ones, then those that were asked to."""
-        return list(dict.fromkeys(self.constrained_devices + self.spec.measure_on))
+    def latencies(self) -> list[str]:
+        """Names of the latencies that the winner is measured for: the constrained ones, and every device's median."""
+        medians = [split_latency(name)[0] for name in self.constrained] + self.spec.measure_on
+        return list(dict.fromkeys(self.constrained + medians))
 
     @cached_property
     def data(self) -> Data:
@@ -177,9 +178,9 @@ class Context:
 
 
 def tightened(constraints: Sequence[Constraint], margins: Mapping[str, float]) -> list[Constraint]:
-    """Latency bounds less the margin that their device's table asks for."""
+    """Latency bounds less the margin that their table asks for."""
     return [
-        replace(bound, maximum=bound.maximum / (1.0 + margins.get(bound.device or "", 0.0)))
+        replace(bound, maximum=bound.maximum / (1.0 + margins.get(bound.latency or "", 0.0)))
         if bound.metric is Metric.LATENCY
         else bound
         for bound in constraints

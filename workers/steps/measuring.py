@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from latency_profiler.cost import Metric
+from latency_profiler.cost import latency_name, split_latency
 from latency_profiler.errors import SecateursError
 from service.store import devices, measurements
 from service.store.models import Job
@@ -23,7 +23,7 @@ class BudgetBroken(SecateursError):
     """The winners that the search found break their budget when they are measured.
 
     Attributes:
-        figures: one object per device and round: budget, predicted and measured milliseconds.
+        figures: one object per latency and round: budget, predicted and measured milliseconds.
     """
 
     def __init__(self, figures: Sequence[dict[str, Any]]) -> None:
@@ -38,9 +38,10 @@ class BudgetBroken(SecateursError):
 def look(
     session: Session, context: Context, names: Sequence[str], purpose: str, networks: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """Structure id → device → seconds, as far as devices have measured them; what lacks is asked for.
+    """Structure id → latency → seconds, as far as devices have measured them; what lacks is asked for.
 
     Args:
+        names: of latencies; one measurement tells all of a device.
         purpose: keeps this measurement apart from others of the same network.
         networks: structure id → channels.
 
@@ -48,28 +49,29 @@ def look(
         MeasurementFailed: a device could not run a network.
     """
     found: dict[str, dict[str, float]] = {structure_id: {} for structure_id in networks}
-    for name in names:
+    items = [(context.space, channels, purpose) for channels in networks.values()]
+    # The first request of a network stands, so that of a percentile, which takes more runs, comes first.
+    for name, statistic in sorted(map(split_latency, names), key=lambda pair: pair[1], reverse=True):
         device = devices.get(session, name)
-        items = [(context.space, channels, purpose) for channels in networks.values()]
-        keys = measurements.request_networks(session, device, items)
+        keys = measurements.request_networks(session, device, items, statistic=statistic)
         for structure_id, key in zip(networks, keys, strict=True):
-            seconds = measurements.network_seconds(session, device, key)
+            seconds = measurements.network_seconds(session, device, key, statistic)
             if seconds is not None:
-                found[structure_id][name] = seconds
+                found[structure_id][latency_name(name, statistic)] = seconds
     return found
 
 
 def off(context: Context, measured: Mapping[str, float], least: float = 0.0) -> dict[str, float]:
-    """Device → seconds that are allowed, where a measurement is above them.
+    """Latency → seconds that are allowed, where a measurement is above them.
 
     Args:
         least: share of the budget that one latency at least must reach; below it, no other bound being tight either,
             the prediction is too pessimistic and counts as off too.
     """
-    bounds = [bound for bound in context.constraints if bound.metric is Metric.LATENCY and bound.device in measured]
-    broken = {str(bound.device): bound.maximum for bound in bounds if measured[str(bound.device)] > bound.maximum}
-    shy = all(measured[str(bound.device)] < least * bound.maximum for bound in bounds)
-    return broken or ({str(bound.device): bound.maximum for bound in bounds} if shy else {})
+    allowed = {str(bound.latency): bound.maximum for bound in context.constraints if bound.latency in measured}
+    broken = {name: maximum for name, maximum in allowed.items() if measured[name] > maximum}
+    shy = all(measured[name] < least * maximum for name, maximum in allowed.items())
+    return broken or (allowed if shy else {})
 
 
 def corrected(

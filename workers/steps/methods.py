@@ -137,7 +137,7 @@ def _collaborative(context: Context, job: Job) -> CollaborativePruner:
 
 
 def _from_trained(context: Context, method: Method) -> bool:
-    """Whether a method prunes a trained network; one that needs its accuracy on images it has not seen trains its own."""
+    """Whether a method prunes a trained network; one that must hold its accuracy on unseen images trains its own."""
     spec = context.spec
     match method:
         case "collaborative":

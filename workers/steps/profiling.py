@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import Verdict
-from latency_profiler.cost import flops
-from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies
+from latency_profiler.cost import Statistic, flops, split_latency
+from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies, NotCalibrated
 from latency_profiler.layers import Layer
 from service.methods import UNSTRUCTURED
 from service.store import blobs, devices, jobs, measurements, work
@@ -29,7 +29,7 @@ POINTS = 6
 def begin(context: Context, job: Job) -> Outcome:
     """Note what the job runs on, and ask for the layers that its devices lack."""
     with transaction() as session:
-        for name in context.constrained_devices:
+        for name in dict.fromkeys(split_latency(latency)[0] for latency in context.constrained):
             if measurements.layers_missing(session, name, context.space):
                 device = devices.get(session, name)
                 measurements.request_profile(session, device, space_arguments(context.space), "sampled", POINTS)
@@ -40,12 +40,9 @@ def begin(context: Context, job: Job) -> Outcome:
 def step(context: Context, job: Job) -> Outcome:
     """Pin the tables once they can price every structure; until then wait."""
     with transaction() as session:
-        waiting = [name for name in context.constrained_devices if not _ready(session, context, name)]
-        tables = {name: measurements.load_table(session, name) for name in context.devices}
-        verdicts = {
-            name: measurements.verdict(session, devices.get(session, name), context.space.key)
-            for name in context.devices
-        }
+        waiting = [name for name in context.constrained if not _ready(session, context, *split_latency(name))]
+        tables = {name: measurements.load_table(session, *split_latency(name)) for name in context.latencies}
+        verdicts = {name: _verdict(session, context, *split_latency(name)) for name in context.latencies}
         waited = jobs.phase_seconds(session, job.id).get(JobState.PROFILING, 0.0)
     if waiting:
         if waited > context.settings.profile_seconds:
@@ -57,7 +54,7 @@ def step(context: Context, job: Job) -> Outcome:
               for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
     margins = {name: verdicts[name].margin for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
-    warnings = [_doubt(name, verdicts[name]) for name in context.constrained_devices if verdicts[name].reason]
+    warnings = [_doubt(name, verdicts[name]) for name in context.constrained if verdicts[name].reason]
     if not UNSTRUCTURED.issuperset(context.spec.methods):
         warnings += _sized(context, job, memory)
     with transaction() as session:
@@ -94,16 +91,30 @@ def _budget(context: Context, job: Job, memory: dict[str, Any]) -> tuple[Budget,
         ]
 
 
-def _ready(session: Session, context: Context, name: str) -> bool:
-    """Whether a device's table prices the space, and its sum is calibrated (an imported table has no networks)."""
+def _ready(session: Session, context: Context, name: str, statistic: Statistic) -> bool:
+    """Whether a device's table prices the space, and its sum is calibrated: the median may be the sum itself.
+
+    Raises:
+        MeasurementFailed: it never will, for a layer that the device cannot measure.
+        NotCalibrated: it never will, for networks that are not measured.
+    """
     if missing := measurements.layers_missing(session, name, context.space):
         reasons = measurements.failures(session, devices.get(session, name))
         if failed := [key for key in missing if key in reasons]:
             raise MeasurementFailed(f"{name} could not measure {failed[0]}: {reasons[failed[0]]}")
         return False
     table_id = devices.get(session, name).table_id
-    fitted = context.space.key in measurements.load_table(session, name).fits
-    return fitted or table_id is None or not work.open_keys(session, table_id)
+    if table_id is None or context.space.key in measurements.fits(session, table_id, statistic):
+        return True
+    if work.open_keys(session, table_id):
+        return False
+    if statistic is not Statistic.P50:
+        raise NotCalibrated(name, context.space.key, statistic)
+    return True
+
+
+def _verdict(session: Session, context: Context, name: str, statistic: Statistic) -> Verdict:
+    return measurements.verdict(session, devices.get(session, name), context.space.key, statistic)
 
 
 def _ends(context: Context) -> list[Layer]:

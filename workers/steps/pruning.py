@@ -1,7 +1,8 @@
 """`training` and `searching` of the methods that prune a network instead of searching with a PruningNet.
 
-`training` gives them the dense network that they begin with, if they begin with a trained one; `searching` is their own
-work, slice by slice. What they judge on the way are candidates, and what they end with is tested and stored as a winner.
+`training` gives them the dense network that they begin with, if they begin with a trained one; `searching` is their
+work, slice by slice. What they judge on the way are candidates, and what they end with is tested and stored as a
+winner.
 """
 
 from collections.abc import Sequence

@@ -149,5 +149,6 @@ def replace(context: Context, job: Job, session: Any, kept: dict[str, Any] | Non
 
 
 def remove(sha256: str | None) -> None:
+    """Take away the file of a checkpoint that no longer counts."""
     if sha256 is not None:
         blobs.blob_path(sha256).unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latency_profiler.cost import Metric
+from latency_profiler.cost import Metric, split_latency
 from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
 from service.store import candidates, chunks, devices, jobs
 from service.store.candidates import Judged
@@ -79,7 +79,8 @@ def _judge(context: Context, job: Job, budget: Budget, search: Evolution, propos
     if isinstance(search, Front):
         summary |= {"hypervolume": search.hypervolume(), "front": len(search.front())}
     with transaction() as session:
-        predicted = {name: devices.get(session, name).id for name in job.memory["tables"]}
+        names = dict.fromkeys(split_latency(name)[0] for name in job.memory["tables"])
+        predicted = {name: devices.get(session, name).id for name in names}
         jobs.save_step(session, context.claim, memory={**job.memory, "evolution": search.to_json()})
         chunks.drop(session, job.id)
         candidates.record_generation(session, job, context.space, generation, judged, predicted)
@@ -107,15 +108,15 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     structure_id = context.space.digest(channels)
     with transaction() as session:
         purpose, clock = f"check-{job.id}-{memory['round']}", jobs.clock(session)
-        found = measuring.look(session, context, context.constrained_devices, purpose, {structure_id: channels})
+        found = measuring.look(session, context, context.constrained, purpose, {structure_id: channels})
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
     measured = found[structure_id]
-    if len(measured) < len(context.constrained_devices) and clock - memory["since"] < CHECK_SECONDS:
+    if len(measured) < len(context.constrained) and clock - memory["since"] < CHECK_SECONDS:
         return FOR_DEVICE
     predicted = context.budget(job).predict(channels)
-    shy = all(seconds < LEAST_USED * predicted[device] for device, seconds in measured.items())
+    shy = all(seconds < LEAST_USED * predicted[name] for name, seconds in measured.items())
     again = shy and memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search)
     unused = LEAST_USED if again else 0.0
     if allowed := measuring.off(context, measured, unused):
@@ -133,8 +134,8 @@ def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
     counts = [bound for bound in context.constraints if bound.metric is not Metric.LATENCY]
     if isinstance(search, Front):
         return False
-    if not context.constrained_devices or not counts:
-        return bool(context.constrained_devices)
+    if not context.constrained or not counts:
+        return bool(context.constrained)
     return bool(budget.tightness(np.array([best.proposal.encoding]), counts)[0] < LEAST_USED)
 
 

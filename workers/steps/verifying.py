@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from latency_profiler.cost import split_latency
 from service.store import jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
@@ -20,11 +21,11 @@ def step(context: Context, job: Job) -> Outcome:
     networks = {trial["structure_id"]: trial["channels"] for trial in memory["queue"]}
     with transaction() as session:
         clock = jobs.clock(session)
-        found = measuring.look(session, context, context.devices, f"verify-{job.id}-{memory['round']}", networks)
+        found = measuring.look(session, context, context.latencies, f"verify-{job.id}-{memory['round']}", networks)
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
-    away = [name for name in context.devices if any(name not in found.get(one, {}) for one in networks)]
+    away = [name for name in context.latencies if any(name not in found.get(one, {}) for one in networks)]
     if _must_wait(context, away, clock - memory["since"]):
         context.console.say({"phase": "verifying", "waits_for": away})
         return FOR_DEVICE
@@ -35,12 +36,12 @@ def step(context: Context, job: Job) -> Outcome:
         if allowed := measuring.off(context, measured):
             look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
             return look_on(context, job, tuple(winner["channels"]), measured, allowed)
-    constrained = [name for name in away if name in context.constrained_devices]
+    constrained = [name for name in away if name in context.constrained]
     return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, away)
 
 
 def _must_wait(context: Context, away: list[str], waited: float) -> bool:
-    constrained = any(name in context.constrained_devices for name in away)
+    constrained = any(name in context.constrained for name in away)
     return bool(away) and waited < (context.settings.verify_seconds if constrained else GUEST_SECONDS)
 
 
@@ -54,7 +55,8 @@ def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> No
 
 
 def _end(context: Context, job: Job, state: JobState, away: list[str]) -> Outcome:
-    warnings = [*job.warnings, *(f"device {name} did not measure the winner in time" for name in away)]
+    devices = dict.fromkeys(split_latency(name)[0] for name in away)
+    warnings = [*job.warnings, *(f"device {name} did not measure the winner in time" for name in devices)]
     warnings += fidelity.warnings(context, job)
     with transaction() as session:
         result = _result(context, job, session)

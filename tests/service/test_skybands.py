@@ -1,0 +1,160 @@
+"""Answers from skybands are those of a full scan, at every moment of their making, on both databases."""
+
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, insert, select
+
+from service import reconciler
+from service.store import devices, skybands, structures
+from service.store.models import Candidate, Pricing, Skyband, StructureLatency
+from service.store.session import snapshot, transaction
+from service.store.skybands import COUNTS, MEMBER, Place
+from service.store.structures import Budget
+from tests.service.test_structures import KEYS, fill, scan
+
+Rows = list[dict[str, Any]]
+NEVER, COUNTED, ALWAYS = "never", "counted", "always"
+FIGURES = ("seconds", "p90")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that some thousand candidates reach."""
+    for name, value in (("LEAST_NEW", 30), ("MOST_NEW", 120), ("CHUNK", 100), ("MOST", 12)):
+        monkeypatch.setattr(skybands, name, value)
+
+
+def gather() -> None:
+    assert reconciler.gather(60.0, threading.Event())
+
+
+def price(rows: Rows, prices: str, share: float = 1.0) -> None:
+    """A walk of re-pricing that has come so far: structures take new latencies in the order of their ids."""
+    draw = random.Random(prices)
+    ids = sorted({row["structure_id"] for row in rows})
+    new = {id_: {name: draw.randrange(1, 1000) / 1000 for name in FIGURES} for id_ in ids[: int(share * len(ids))]}
+    with transaction() as session:
+        device_id = devices.get(session, "bench").id
+        for key in KEYS:
+            session.merge(Pricing(device_id=device_id, space_key=key, source="s", prices=prices, structures=1))
+        session.execute(delete(StructureLatency).where(StructureLatency.structure_id.in_(new)))
+        common = {"device_id": device_id, "prices": prices}
+        session.execute(insert(StructureLatency), [{"structure_id": id_, **common, **new[id_]} for id_ in new])
+    for row in rows:
+        row |= new.get(row["structure_id"], {})
+
+
+def find_more(rows: Rows, count: int) -> Rows:
+    """Further candidates, of structures that were found before, some of them better than ever."""
+    draw = random.Random(count)
+    new = [
+        draw.choice(rows) | {"id": n, "position": n, "encoding_key": f"{n}", "proxy_accuracy": draw.randrange(60) / 50}
+        for n in range(len(rows) + 1, len(rows) + count + 1)
+    ]
+    with transaction() as session:
+        session.execute(insert(Candidate), [{name: row[name] for name in row if name not in FIGURES} for row in new])
+    return rows + new
+
+
+def check(rows: Rows, used: str) -> None:
+    """Every answer, loose or tight, and the fronts; `used` says which must come from skybands."""
+    draw, dataset_id = random.Random(2), rows[0]["dataset_id"]
+    with snapshot() as session:
+        device_id = devices.get(session, "bench").id
+        for cost in (*COUNTS, device_id, f"{device_id}:p90"):
+            expected = used == ALWAYS or (used == COUNTED and cost in COUNTS)
+            for place in (Place(key, dataset_id, cost) for key in KEYS):
+                assert (skybands.read(session, place) is not None) == expected, place
+                assert list(structures._front(session, place)) == list(structures._walk_front(session, place))
+            for _ in range(6):
+                most, limit = draw.choice([0.01, 0.1, 0.5, 2.0]), draw.choice([1, 5, 12, 13])
+                budget = Budget(**{cost: int(1000 * most)}) if cost in COUNTS else Budget(latencies={cost: most})
+                found = structures.best_candidates(session, KEYS, dataset_id, budget, limit)
+                assert found == scan(rows, KEYS, budget, limit), (cost, most, limit)
+
+
+def test_structures_without_a_latency_keep_a_device_from_having_one(database: str) -> None:
+    _, rows = fill(800)
+    check(rows, NEVER)
+    gather()
+    check(rows, COUNTED)
+
+
+def test_what_comes_later_is_read_taken_in_or_too_much(database: str) -> None:
+    _, rows = fill(600)
+    price(rows, "first")
+    gather()
+    check(rows, ALWAYS)
+    rows = find_more(rows, 50)
+    check(rows, ALWAYS)
+    gather()
+    rows = find_more(rows, 400)
+    check(rows, NEVER)
+    gather()
+    check(rows, ALWAYS)
+
+
+def test_other_prices_are_other_answers(database: str) -> None:
+    _, rows = fill(600)
+    price(rows, "first")
+    gather()
+    price(rows, "second", share=0.25)
+    check(rows, COUNTED)
+    gather()
+    check(rows, COUNTED)
+    price(rows, "second")
+    gather()
+    check(rows, ALWAYS)
+    price(rows, "first")
+    check(rows, COUNTED)
+
+
+def test_candidates_that_are_being_written_are_waited_for(database: str) -> None:
+    """Their ids are smaller than those of others that are there already."""
+    if database.startswith("sqlite"):
+        pytest.skip("nobody writes while another one does")
+    _, rows = fill(600)
+    with transaction() as writer:
+        late = {name: rows[0][name] for name in rows[0] if name not in FIGURES}
+        writer.execute(insert(Candidate), [late | {"id": 601, "position": 601, "encoding_key": "601"}])
+        gather()
+        check(rows, NEVER)
+    gather()
+    check([*rows, rows[0] | {"id": 601}], COUNTED)
+
+
+def test_a_device_takes_its_skybands_along(database: str) -> None:
+    _, rows = fill(600)
+    price(rows, "first")
+    gather()
+    with transaction() as session:
+        devices.delete(session, "bench")
+        assert set(session.scalars(select(Skyband.cost))) == set(COUNTS)
+
+
+def test_a_reconciler_that_is_told_to_stop_leaves_the_rest(database: str) -> None:
+    _, rows = fill(600)
+    stop = threading.Event()
+    stop.set()
+    assert not reconciler.gather(60.0, stop)
+    assert not reconciler.gather(-1.0, threading.Event())
+    check(rows, NEVER)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), max_size=60))
+def test_a_skyband_is_what_its_definition_says(drawn: list[tuple[int, int, int]]) -> None:
+    rows = [(accuracy, flops, at, cost, f"{at}") for at, (accuracy, flops, cost) in enumerate(drawn)]
+    members = np.array(rows, MEMBER)
+    members = members[np.lexsort((members["found"], members["flops"], -members["accuracy"]))]
+    expected = [
+        one["found"] for at, one in enumerate(members)
+        if sum(better["cost"] <= one["cost"] for better in members[:at]) < skybands.MOST
+    ]  # fmt: skip
+    assert skybands._skyband(members)["found"].tolist() == expected
