@@ -3,6 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
+JOBS = sa.table(
+    "jobs", sa.column("id", sa.String()), sa.column("finished_at", sa.Double()), sa.column("memory", sa.JSON())
+)
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -22,6 +26,13 @@ def upgrade() -> None:
         batch_op.create_unique_constraint(
             batch_op.f("uq_results_job_id_method_structure_id_role"), ["job_id", "method", "structure_id", "role"]
         )
+
+    connection = op.get_bind()
+    for row in connection.execute(sa.select(JOBS).where(JOBS.c.finished_at.is_(None))).all():
+        queue = [{**trial, "method": "metapruning"} for trial in row.memory.get("queue", [])]
+        if queue:
+            memory = {**row.memory, "queue": queue}
+            connection.execute(sa.update(JOBS).where(JOBS.c.id == row.id).values(memory=memory))
 
 
 def downgrade() -> None:

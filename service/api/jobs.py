@@ -77,6 +77,9 @@ class CandidateRead(BaseModel):
     proxy_loss: float
     birth: str
     parents: list[list[int]]
+    pruned: dict[str, Any] | None
+    """Of a pruning method: `method`, weights that are `kept` of those `prunable`, `sparse_flops`, and a `note`. Its
+    accuracies are not proxies: the network as it is then, on images that it may have been trained on."""
 
 
 @router.post("", status_code=202, responses=responses(409), response_model=JobRead)
@@ -219,5 +222,5 @@ def _candidate(row: tuple[Candidate, Structure]) -> CandidateRead:
         id=one.id, structure_id=one.structure_id, generation=one.generation, position=one.position,
         encoding=one.encoding, channels=structure.channels, flops=one.flops, parameters=one.parameters,
         predicted_ms=milliseconds(one.latencies), proxy_accuracy=one.proxy_accuracy, proxy_loss=one.proxy_loss,
-        birth=one.birth, parents=parents,
+        birth=one.birth, parents=parents, pruned=one.pruned,
     )  # fmt: skip

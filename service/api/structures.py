@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import FileResponse
@@ -16,10 +16,11 @@ from service.api.auth import require
 from service.api.jobs import SpaceKey
 from service.api.problems import responses
 from service.fields import Name
+from service.methods import Method
 from service.store import datasets, structures
 from service.store.blobs import blob_path
 from service.store.models import Candidate, Result, Role, Structure
-from service.store.results import milliseconds
+from service.store.results import METAPRUNING, milliseconds
 from service.store.session import snapshot
 from service.store.structures import Budget
 
@@ -30,10 +31,11 @@ Bound = Annotated[float, Field(gt=0, le=1e6)]
 ImageSize = Annotated[int | None, Query(ge=8, le=512)]
 Width = Annotated[float | None, Query(ge=0.05, le=4)]
 Dataset = Annotated[Name, Query()]
-Artifact = Literal["structure.json", "weights.safetensors", "model.onnx"]
+Artifact = Literal["structure.json", "weights.safetensors", "masks.safetensors", "model.onnx"]
 MEDIA_TYPES = {
     "structure.json": "application/json",
     "weights.safetensors": "application/octet-stream",
+    "masks.safetensors": "application/octet-stream",
     "model.onnx": "application/octet-stream",
 }
 
@@ -61,9 +63,13 @@ class FoundStructure(StructureFacts):
     job_id: str
     generation: int | None
     role: Role | None
+    method: Method
     proxy_accuracy: float | None
     test_accuracy: float | None
     measured_ms: dict[str, float]
+    pruned: dict[str, Any] | None
+    """Of a method that prunes single weights: `kept` of them and `sparse_flops`, which dense runtimes do not gain from:
+    `flops` and `measured_ms` are those of the dense tensors."""
 
 
 class FoundList(BaseModel):
@@ -95,6 +101,8 @@ class Trained(BaseModel):
 
     job_id: str
     role: Role
+    method: Method
+    pruned: dict[str, Any] | None
     proxy_accuracy: float | None
     test_accuracy: float
     test_loss: float
@@ -120,6 +128,9 @@ def best(
     dataset: Dataset,
     max_flops: Count = None,
     max_parameters: Count = None,
+    max_sparse_flops: Count = None,
+    max_kept: Count = None,
+    method: Annotated[list[Method] | None, Query(max_length=4)] = None,
     device: Annotated[list[Name] | None, Query(max_length=8)] = None,
     max_latency_ms: Annotated[list[Bound] | None, Query(max_length=8)] = None,
     statistic: Statistic = Statistic.P50,
@@ -132,8 +143,13 @@ def best(
 
     Latencies are those of the median run, or with `statistic` of nine of ten runs.
 
-    `proxy` ranks every candidate by its accuracy with PruningNet's weights, `test` only trained structures.
+    `proxy` ranks every candidate by its accuracy with PruningNet's weights. `test` ranks what was trained, of each
+    structure the best of each method, side by side; only there can `method`, `max_sparse_flops` and `max_kept` (weights
+    that are not zero; dense networks keep all) be asked for.
     """
+    only_tested = (max_sparse_flops, max_kept, method) != (None, None, None)
+    if only_tested and accuracy != "test":
+        raise InvalidInput("method, max_sparse_flops and max_kept are about trained networks: ask with accuracy=test")
     bounds = _pairs(device or [], max_latency_ms or [])
     with snapshot() as session:
         dataset_id = datasets.get(session, dataset).id
@@ -142,8 +158,9 @@ def best(
         budget = Budget(max_flops, max_parameters, latencies)
         keys = _keys(structures.searched_spaces(session, dataset_id), space, image_size, width)
         if accuracy == "test":
-            tested = structures.best_results(session, keys, dataset_id, budget, limit)
-            return FoundList(items=_show(session, [hit.structure_id for hit in tested], {}, dataset_id))
+            sparse = structures.Sparse(max_sparse_flops, max_kept)
+            tested = structures.best_results(session, keys, dataset_id, budget, limit, sparse, method)
+            return FoundList(items=_show_tested(session, tested))
         hits = structures.best_candidates(session, keys, dataset_id, budget, limit)
         found = {hit.structure_id: hit.found for hit in hits}
         return FoundList(items=_show(session, list(found), found, dataset_id))
@@ -198,16 +215,18 @@ def read_artifact(
     structure: StructureId,
     artifact: Artifact,
     job: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9a-z-]+$")] = None,
+    method: Method | None = None,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
 ) -> Response:
-    """A file of a structure: of the named job, else of the training with the best test accuracy."""
+    """A file of a structure: of the named job and method, else of the training with the best test accuracy."""
     with snapshot() as session:
         row = structures.get(session, structure)
         results = structures.results(session, [row.id])[row.id]
     headers = {"Content-Disposition": f'attachment; filename="{structure}-{artifact}"'}
     if artifact == "structure.json":
         return Response(json.dumps(_facts(row, {}), indent=1), media_type=MEDIA_TYPES[artifact], headers=headers)
-    files = (_files(result).get(artifact) for result in results if job in (None, result.job_id))
+    chosen = (one for one in results if job in (None, one.job_id) and method in (None, one.method))
+    files = (_files(result).get(artifact) for result in chosen)
     digest = next(filter(None, files), None)
     if digest is None or not blob_path(digest).is_file():
         raise NotFound("artifact", artifact)
@@ -242,6 +261,12 @@ def _show(session: Any, ids: Sequence[str], found: dict[str, int], dataset_id: s
     return [_found(rows[i], latencies[i], candidates.get(found.get(i, -1)), results[i]) for i in ids]
 
 
+def _show_tested(session: Any, tested: Sequence[Result]) -> list[FoundStructure]:
+    ids = [result.structure_id for result in tested]
+    rows, latencies = structures.by_id(session, ids), structures.latencies(session, ids)
+    return [_found(rows[one.structure_id], latencies[one.structure_id], None, [one]) for one in tested]
+
+
 def _found(
     row: Structure, latencies: dict[str, float], candidate: Candidate | None, results: Sequence[Result]
 ) -> FoundStructure:
@@ -253,6 +278,8 @@ def _found(
         job_id=source.job_id,
         generation=candidate.generation if candidate else None,
         role=tested.role if tested else None,
+        method=cast(Method, tested.method if tested else METAPRUNING),
+        pruned=tested.pruned if tested else None,
         proxy_accuracy=source.proxy_accuracy,
         test_accuracy=tested.test_accuracy if tested else None,
         measured_ms=milliseconds(tested.measured) if tested else {},
@@ -278,7 +305,8 @@ def _encoding(space: Space, channels: Sequence[int]) -> list[int] | None:
 
 def _trained(result: Result) -> Trained:
     return Trained(
-        job_id=result.job_id, role=result.role, proxy_accuracy=result.proxy_accuracy,
+        job_id=result.job_id, role=result.role, method=cast(Method, result.method), pruned=result.pruned,
+        proxy_accuracy=result.proxy_accuracy,
         test_accuracy=result.test_accuracy, test_loss=result.test_loss, predicted_ms=milliseconds(result.predicted),
         measured_ms=milliseconds(result.measured), reused=result.reused, artifacts=list(_files(result)),
     )  # fmt: skip
@@ -286,5 +314,5 @@ def _trained(result: Result) -> Trained:
 
 def _files(result: Result) -> dict[str, str]:
     """Name → digest of the files that a training left."""
-    files = {"weights.safetensors": result.weights, "model.onnx": result.model}
+    files = {"weights.safetensors": result.weights, "masks.safetensors": result.masks, "model.onnx": result.model}
     return {name: digest for name, digest in files.items() if digest is not None}

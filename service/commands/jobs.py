@@ -56,7 +56,9 @@ def submit(
     objective: Annotated[str | None, typer.Option(help="best, or front: the best at every cost.")] = None,
     strategy: Annotated[str | None, typer.Option(help="evolution, or random to compare with.")] = None,
     baselines: Annotated[bool | None, typer.Option(help="Also train the uniform network at the budget.")] = None,
-    method: Text = None,
+    method: Annotated[str | None, typer.Option(help="metapruning, collaborative, magnitude or interspace.")] = None,
+    compare_with: Annotated[list[str] | None, typer.Option(help="A further method under the same budget.")] = None,
+    start: Annotated[str | None, typer.Option(help="Job whose winner pruning methods begin with.")] = None,
     name: Annotated[str | None, typer.Option(help="A name of your own.")] = None,
     file: Annotated[Path | None, typer.Option(help="The job as JSON (- is standard input); options win.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key again submits nothing new.")] = None,
@@ -73,6 +75,7 @@ def submit(
         space=space, dataset=dataset, constraints=_constraints(counts, latency_bounds(device, max_ms), statistic),
         measure_on=measure_on, effort=effort, seed=seed, image_size=image_size, width=width, last_layer=last_layer,
         objective=objective, baselines=baselines, method=method, name=name,
+        compare_with=compare_with, start=start,
     )  # fmt: skip
     for part, options in (
         ("training", given(epochs=epochs)),

@@ -120,19 +120,35 @@ def show_result(console: Console, result: Row) -> None:
     members = [(one, one["uniform"]) for one in result.get("front") or []]
     pairs = members or [(result.get("winner"), result.get("uniform"))]
     roles = [(role, one) for pair in pairs for role, one in zip(("winner", "uniform"), pair, strict=True) if one]
+    methods = result.get("methods") or {}
+    roles = [*methods.items(), *roles[1:]] if len(methods) > 1 else roles
+    roles += [("dense", dense)] if (dense := result.get("dense")) else []
+    names = ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy"]
+    masked = any((one.get("pruned") or {}).get("kept") for _, one in roles)
     rows = [
         [
             role, count(one["flops"]), count(one["parameters"]), milliseconds(one.get("predicted_ms")),
             milliseconds(one.get("measured_ms")), percent(one.get("proxy_accuracy")), percent(one.get("test_accuracy")),
+            *(_kept(one) if masked else []),
         ]
         for role, one in roles
     ]  # fmt: skip
-    show(console, ["", "flops", "parameters", "predicted ms", "measured ms", "proxy accuracy", "test accuracy"], rows)
+    show(console, [*names, *(["kept", "sparse flops"] if masked else [])], rows)
+    if masked:
+        console.print(
+            "single weights that are zero do not speed dense runtimes up: flops and ms are those of all weights"
+        )
     show_channels(console, roles)
     if generations := result.get("generations"):
         show_generations(console, generations)
     if fidelity := result.get("fidelity"):
         show_fidelity(console, fidelity["variants"])
+
+
+def _kept(one: Row) -> list[str]:
+    """Weights that a mask keeps, and the multiply-adds that they take part in."""
+    pruned = one.get("pruned") or {}
+    return [count(pruned[name]) if name in pruned else "" for name in ("kept", "sparse_flops")]
 
 
 def show_generations(console: Console, generations: Sequence[Row]) -> None:

@@ -86,20 +86,38 @@ def _best(session: Session, space_key: str, dataset_id: str, budget: Budget, lim
     return _walk(session, _candidates(space_key, dataset_id, budget), max(CHUNK, 2 * limit))
 
 
-def best_results(session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int) -> list[Hit]:
-    """The distinct structures of highest test accuracy within a budget, best first; only trained ones have one."""
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Upper bounds on what masks keep; a network without masks keeps everything."""
+
+    flops: int | None = None
+    kept: int | None = None
+
+
+def best_results(
+    session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int, sparse: Sparse,
+    methods: Sequence[str] | None = None,
+) -> list[Result]:  # fmt: skip
+    """Trained networks of highest test accuracy within a budget, best first: of each structure the best per method."""
     query = (
-        select(Result.test_accuracy, Structure.flops, Result.id, Result.structure_id)
+        select(Result)
         .join(Structure, Structure.id == Result.structure_id)
         .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys))
         .where(*_within(budget, Structure.flops, Structure.parameters, Result.structure_id))
     )
-    hits: dict[str, Hit] = {}
-    for row in session.execute(query.order_by(Result.test_accuracy.desc(), Structure.flops, Result.id)):
-        hits.setdefault(row.structure_id, Hit(*row))
-        if len(hits) == limit:
+    for most, name, dense in (
+        (sparse.flops, "sparse_flops", Structure.flops), (sparse.kept, "kept", Structure.parameters)
+    ):  # fmt: skip
+        if most is not None:
+            query = query.where(func.coalesce(Result.pruned[name].as_integer(), dense) <= most)
+    if methods is not None:
+        query = query.where(Result.method.in_(methods))
+    found: dict[tuple[str, str], Result] = {}
+    for row in session.scalars(query.order_by(Result.test_accuracy.desc(), Structure.flops, Result.id)):
+        found.setdefault((row.structure_id, row.method), row)
+        if len(found) == limit:
             break
-    return list(hits.values())
+    return list(found.values())
 
 
 def front(session: Session, space_keys: Sequence[str], dataset_id: str, cost: str) -> list[Point]:

@@ -88,6 +88,34 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
     assert submit(client, training={"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.013}).status_code == 202
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "magnitude", "constraints": [{"metric": "latency", "device": "d", "max_ms": 1}]}, "no latency"),
+        ({"method": "interspace", "constraints": [{"metric": "flops", "max": 9**6, "min": 5}]}, "one upper bound"),
+        ({"method": "magnitude", "compare_with": ["magnitude"]}, "named once"),
+        ({"method": "collaborative", "objective": "front"}, "metapruning"),
+        ({"method": "collaborative", "collaborative": {"ranking": "l1", "allocation": "global"}}, "layerwise"),
+        ({"method": "magnitude", "magnitude": {"scan": True, "qualities": {"block1": 1.0}}}, "not both"),
+        ({"method": "interspace", "constraints": [{"metric": "parameters", "max": 3}]}, "parameters"),
+        ({"method": "collaborative", "start": "nowhere"}, "nowhere"),
+        ({"method": "luck"}, "metapruning"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused(client: TestClient, changes: dict[str, Any], said: str) -> None:
+    refused = submit(client, **changes)
+    assert refused.status_code == 422
+    assert said in json.dumps(refused.json())
+    assert count_jobs() == 0
+
+
+def test_trainings_of_pruning_methods_are_filled_in(client: TestClient) -> None:
+    spec = submit(client, method="collaborative", dense={"epochs": 7}).json()["spec"]
+    assert spec["dense"] == {name: spec["retraining"][name] for name in spec["dense"]} | {"epochs": 7}
+    assert spec["collaborative"]["fine_tuning"]["epochs"] == 7
+    assert spec["collaborative"]["fine_tuning"]["learning_rate"] == spec["dense"]["learning_rate"] / 10
+
+
 def test_a_space_without_batch_norm_has_no_pruning_net(client: TestClient) -> None:
     refused = submit(client, space="lenet_5")
     assert refused.status_code == 422

@@ -257,3 +257,30 @@ def test_a_trained_structure_and_its_files(client: TestClient) -> None:
     assert client.get("/v1/structures/0").status_code == 404
     path.unlink()
     assert client.get(where).status_code == 404
+
+
+def test_winners_of_several_methods_stand_side_by_side(client: TestClient) -> None:
+    job, judged = search(client)
+    space, channels = SPACES[0], SPACES[0].channels(judged[2].encoding)
+    masked = {"kept": 30, "sparse_flops": 100}
+    rows: list[tuple[str, float, dict[str, int] | None]] = [
+        ("metapruning", 0.7, None), ("magnitude", 0.8, masked), ("interspace", 0.6, {"kept": 31, "sparse_flops": 99}),
+    ]  # fmt: skip
+    with transaction() as session:
+        for method, accuracy, pruned in rows:
+            results.record(
+                session, jobs.get(session, job["id"]), space, channels, Role.WINNER, method=method, pruned=pruned,
+                test_accuracy=accuracy, test_loss=1.0, settings={},
+            )  # fmt: skip
+
+    def methods(**bounds: Any) -> list[str]:
+        answer = client.get("/v1/structures/best", params={**BENCH, "accuracy": "test", **bounds})
+        return [item["method"] for item in answer.json()["items"]]
+
+    assert methods() == ["magnitude", "metapruning", "interspace"]
+    assert methods(method=["metapruning", "interspace"]) == ["metapruning", "interspace"]
+    assert methods(max_sparse_flops=100) == ["magnitude", "interspace"]
+    assert methods(max_kept=30) == ["magnitude"]
+    [best, *_] = client.get("/v1/structures/best", params={**BENCH, "accuracy": "test"}).json()["items"]
+    assert best["pruned"] == masked
+    assert client.get("/v1/structures/best", params={**BENCH, "max_kept": 30}).status_code == 422
