@@ -113,7 +113,7 @@ def test_published_densities_give_the_published_counts(
 
 @settings(max_examples=25)
 @given(st.integers(0, 500), st.integers(0, 250), st.sampled_from(["parameters", "flops"]))
-def test_a_budget_is_met_exactly_and_thresholds_are_one_multiple_of_scales(seed: int, maximum: int, metric: str) -> None:
+def test_a_budget_is_met_exactly_by_one_multiple_of_all_scales(seed: int, maximum: int, metric: str) -> None:
     weights = layers(seed, (7, 11), (5, 3, 3, 3))
     scales, prices = {"0": 0.7, "1": 2.1}, {"0": 1, "1": 4 if metric == "flops" else 1}
     thresholds = m.fitting(weights, whole(weights), scales, lambda masks: m.cost(masks, prices) <= maximum)
@@ -138,11 +138,11 @@ def test_steps_and_one_shot_keep_as_many_and_the_same_unless_weights_move_betwee
     densities = {"0": 0.1, "1": 0.3}
     once = m.pruned(weights, whole(weights), m.at_densities(weights, whole(weights), densities))
     for moving in (False, True):
-        masks, now = whole(weights), weights
+        masks, now, by = whole(weights), weights, layers(9, (30, 40), (8, 5, 3, 3))
         for share in (0.25, 0.5, 0.75, 1.0):
             steps = {name: density**share for name, density in densities.items()}
             masks = m.pruned(now, masks, m.at_densities(now, masks, steps))
-            now = {i: w * (1 + 0.5 * layers(9, (30, 40), (8, 5, 3, 3))[i].tanh()) for i, w in now.items()} if moving else now
+            now = {i: weight * (1 + 0.5 * moving * by[i].tanh()) for i, weight in now.items()}
         for name in weights:
             assert masks[name].sum() == once[name].sum() == round(densities[name] * weights[name].numel())
         assert all(torch.equal(masks[name], once[name]) for name in weights) is not moving
@@ -178,7 +178,8 @@ def test_sparse_flops_are_kept_weights_times_the_pixels_of_their_layers_output()
 
 def products(x: Tensor, weight: Tensor) -> int:
     """Multiply-adds of a linear layer whose numbers are both not zero, one by one."""
-    return sum(int(a != 0 and b != 0) for row in x.tolist() for out in weight.tolist() for a, b in zip(row, out, strict=True))
+    pairs = (zip(row, out, strict=True) for row in x.tolist() for out in weight.tolist())
+    return sum(int(a != 0 and b != 0) for pair in pairs for a, b in pair)
 
 
 def test_flops_share_is_weights_times_inputs() -> None:
@@ -264,7 +265,8 @@ def test_sensitivity_prunes_one_layer_and_puts_it_back() -> None:
 def test_the_largest_quality_whose_loss_is_allowed_is_chosen() -> None:
     points = [
         sensitivity.Point("0", 0.9, 0.1, 0.99), sensitivity.Point("0", 0.5, 0.7, 0.96),
-        sensitivity.Point("0", 0.2, 1.3, 0.91), sensitivity.Point("1", 0.9, 0.2, 0.7), sensitivity.Point("1", 0.5, 0.8, 0.6),
+        sensitivity.Point("0", 0.2, 1.3, 0.91), sensitivity.Point("1", 0.9, 0.2, 0.7),
+        sensitivity.Point("1", 0.5, 0.8, 0.6),
     ]  # fmt: skip
     assert sensitivity.choose(points, 0.98, 0.02) == {"0": 0.7, "1": 0.2}
     assert sensitivity.choose(points, 0.98, 0.5) == {"0": 1.3, "1": 0.8}

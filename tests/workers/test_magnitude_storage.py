@@ -32,9 +32,7 @@ def decoded_by_hand(encoded: sparse.Encoded) -> Tensor:
 
 
 @settings(max_examples=60)
-@given(
-    st.integers(1, 9), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 10_000)
-)
+@given(st.integers(1, 9), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 10_000))
 def test_any_mask_survives_the_round_trip(bits: int, shape: list[int], density: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=random) * (torch.rand(shape, generator=random) < density)
@@ -64,7 +62,7 @@ def test_empty_and_full_tensors() -> None:
 
 
 def test_indices_of_fully_connected_layers_add_the_published_overhead() -> None:
-    assert sparse.LINEAR_BITS / sparse.VALUE_BITS == pytest.approx(0.156, abs=5e-4)
+    assert pytest.approx(0.156, abs=5e-4) == sparse.LINEAR_BITS / sparse.VALUE_BITS
 
 
 @settings(max_examples=30)
@@ -89,8 +87,9 @@ def test_a_network_survives_its_file_whose_size_is_that_of_its_entries(name: str
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in network.state_dict().items())
 
     entries = sum(sparse.encode(weight, 5 if i in network.linears else 8).size for i, weight in weights.items())
-    others = 4 * sum(value.numel() for key, value in network.state_dict().items()) - 4 * sum(map(torch.numel, weights.values()))
+    numbers = sum(map(torch.numel, weights.values()))
+    others = sum(value.nbytes for value in network.state_dict().values()) - 4 * numbers
     header = 160 * (len(network.state_dict()) + 2 * len(weights))
     assert entries / 8 + others <= len(data) <= entries / 8 + others + header
     if name == "lenet_300_100":
-        assert len(data) < 0.12 * 4 * sum(map(torch.numel, weights.values()))
+        assert len(data) < 0.12 * 4 * numbers

@@ -14,7 +14,6 @@ Letters: c channels, o outputs, p columns of one channel (the pixels of a flatte
 
 import math
 from collections.abc import Iterator
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -22,9 +21,11 @@ from torch import Tensor
 from latency_profiler.layers import Op
 from latency_profiler.spaces.space import IMAGE, WEIGHTED, Slot, Space, Unit
 from workers.networks import PlainNetwork, activate, fold
-from workers.pruners.masks import Masks, clear, kept, prunable
+from workers.pruners.masks import Masks, clear, kept
 
 NOT_CONSTANT = math.nan
+Offsets = dict[str, Tensor]
+"""What is added to the outputs (o,) of every layer, before its batch norm."""
 
 
 @torch.no_grad()
@@ -33,21 +34,23 @@ def remove(network: PlainNetwork, masks: Masks) -> int:
 
     In eval mode the network computes what it did before, up to rounding.
     """
-    first = left = kept(masks)
-    while True:  # ends: every round but the last clears a weight
-        _fold_constants(network, masks)
-        _clear_unread(network, masks)
-        if (now := kept(masks)) == left:
-            return first - now
-        left = now
+    left, offsets = _without(network, masks)
+    gone = kept(masks) - kept(left)
+    for name, mask in left.items():
+        masks[name].copy_(mask)
+        bias = network.bias(int(name))
+        if bias is not None:
+            bias.add_(offsets[name])
+        else:
+            network.norms[name].running_mean.sub_(offsets[name])  # type: ignore[operator]
+    clear(network, masks)
+    return gone
 
 
+@torch.no_grad()
 def without(network: PlainNetwork, masks: Masks) -> Masks:
-    """What `remove` would leave of other masks of a network; both stay as they are."""
-    copy, left = deepcopy(network), {name: mask.clone() for name, mask in masks.items()}
-    clear(copy, left)
-    remove(copy, left)
-    return left
+    """What `remove` would leave of masks; nothing is changed."""
+    return _without(network, masks)[0]
 
 
 def living(space: Space, masks: Masks) -> dict[int, Tensor]:
@@ -61,66 +64,66 @@ def living(space: Space, masks: Masks) -> dict[int, Tensor]:
     return found
 
 
-def _fold_constants(network: PlainNetwork, masks: Masks) -> None:
+def _without(network: PlainNetwork, masks: Masks) -> tuple[Masks, Offsets]:
+    left = {name: mask.clone() for name, mask in masks.items()}
+    offsets = {name: torch.zeros(len(mask), dtype=torch.float64, device=mask.device) for name, mask in left.items()}
+    count = -1
+    while (now := kept(left)) != count:  # ends: every round but the last clears a weight
+        count = now
+        _fold_constants(network, left, offsets)
+        _clear_unread(network.space, left)
+    return left, offsets
+
+
+def _fold_constants(network: PlainNetwork, masks: Masks, offsets: Offsets) -> None:
     """From the image on: constants go into the biases of those who read them."""
     device = next(network.parameters()).device
     image = torch.full((network.space.image_channels,), NOT_CONSTANT, dtype=torch.float64, device=device)
     constants: dict[int, Tensor] = {IMAGE: image}  # of every node, (c,)
     for i, node in enumerate(network.nodes):
-        value = constants[node.input]
+        value, name = constants[node.input], str(i)
         if node.layer.op in WEIGHTED:
-            _fold(network, masks, i, value)
-            value = _constant(network, masks, i)
+            offsets[name] += _fold(network, masks[name], i, value)
+            value = _constant(network, masks[name], offsets[name], i)
         if node.shortcut is not None:
             value = value + constants[node.shortcut]
         constants[i] = activate(value.clone(), node.layer.activation)
 
 
-def _fold(network: PlainNetwork, masks: Masks, i: int, read: Tensor) -> None:
-    """Clear the columns of constants (c,) that node i reads, and add what they gave to its bias."""
-    layer, weight, mask = network.nodes[i].layer, prunable(network)[str(i)], masks[str(i)]
+def _fold(network: PlainNetwork, mask: Tensor, i: int, read: Tensor) -> Tensor:
+    """Clear the columns of constants (c,) that node i reads; returns what they gave to its outputs (o,)."""
+    layer, weight = network.nodes[i].layer, network.weight(i)
     known = ~read.isnan() & ((read == 0) | (layer.padding == 0))
-    sums = weight.double().flatten(2).sum(2) if weight.dim() == 4 else weight.double()  # (o, c * p)
-    if layer.op is Op.DEPTHWISE:
-        shift = torch.where(known, sums[:, 0] * read, 0.0)
-        cleared: tuple[slice, Tensor] | Tensor = known
-    else:
-        pixels = weight.shape[1] // len(read)
-        columns = known.repeat_interleave(pixels)
-        shift = sums[:, columns] @ read.repeat_interleave(pixels)[columns]
-        cleared = (slice(None), columns)
-    weight[cleared] = 0.0
-    mask[cleared] = False
-    _shift(network, i, shift)
+    if layer.op is Op.DEPTHWISE:  # a channel's column is its row
+        shift = torch.where(known, (weight * mask).double().flatten(1).sum(1) * read, 0.0)
+        mask[known] = False
+        return shift
+    columns = known.repeat_interleave(weight.shape[1] // len(read))
+    values = read.repeat_interleave(weight.shape[1] // len(read))[columns]
+    parts = (weight[:, columns] * mask[:, columns]).double()  # (o, c * p, k, k) or (o, c * p)
+    mask[:, columns] = False
+    return parts.reshape(*parts.shape[:2], math.prod(parts.shape[2:])).sum(2) @ values
 
 
-def _shift(network: PlainNetwork, i: int, shift: Tensor) -> None:
-    """Add to the outputs (o,) of a layer, before its batch norm."""
-    bias = network.bias(i)
-    if bias is not None:
-        bias.add_(shift)
-    else:
-        network.norms[str(i)].running_mean.sub_(shift)  # type: ignore[operator]
-
-
-def _constant(network: PlainNetwork, masks: Masks, i: int) -> Tensor:
+def _constant(network: PlainNetwork, mask: Tensor, offset: Tensor, i: int) -> Tensor:
     """What each channel (o,) of a layer gives that has no inputs."""
     bias = network.bias(i)
-    if bias is None:
-        bias = fold(network.weight(i), network.norms[str(i)])[1]
-    return bias.double().masked_fill(masks[str(i)].flatten(1).any(1), NOT_CONSTANT)
+    if bias is not None:
+        value = bias + offset
+    else:
+        scale, shift = fold(offset[:, None, None, None], network.norms[str(i)])
+        value = scale.flatten() + shift
+    return value.masked_fill(mask.flatten(1).any(1), NOT_CONSTANT)
 
 
-def _clear_unread(network: PlainNetwork, masks: Masks) -> None:
+def _clear_unread(space: Space, masks: Masks) -> None:
     """From the classes back: the rows of channels that nobody reads."""
-    weights = prunable(network)
-    for slot in dict.fromkeys(unit.target for unit in reversed(network.space.units)):
-        read = _read(network.space, slot, masks)
-        if read is None:
+    for slot in dict.fromkeys(unit.target for unit in reversed(space.units)):
+        read = _read(space, slot, masks)
+        if read is None or read.all():
             continue
-        for i, unit in enumerate(network.space.units):
+        for i, unit in enumerate(space.units):
             if unit.target == slot and unit.op in WEIGHTED:
-                weights[str(i)][~read] = 0.0
                 masks[str(i)][~read] = False
 
 

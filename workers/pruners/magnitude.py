@@ -87,7 +87,7 @@ class MagnitudePruner(Trainer):
     def advance(self, pause: Callable[[], bool]) -> None:
         """As `Trainer.advance`, but a tick may be of any kind; `total` falls where a run ends early."""
         if self._descent is not None:
-            self._descent.hold()
+            self._take_up(self._descent)
         while self.done < self.total:
             stage = self._stage()
             ticks = {"train": self._train, "scan": self._scan, "prune": self._prune, "judge": self._judge}
@@ -161,7 +161,7 @@ class MagnitudePruner(Trainer):
     def _train(self, stage: Stage, tick: int) -> None:
         if self._descent is None:
             self._descent = self._begin(stage)
-            self._descent.hold()
+            self._take_up(self._descent)
         part, iteration = self._team.part(self._batch), stage.iterations + tick
         images, labels = self.batches.training(self.settings.batch_size, self.seed, iteration, self.device, part)
         rate = self._settings(stage).rate(tick, self.steps)
@@ -172,14 +172,18 @@ class MagnitudePruner(Trainer):
             self._descent = None
 
     def _begin(self, stage: Stage) -> MaskedDescent:
-        """An optimiser of the stage's layers, without memory; the masks also say how much is dropped out."""
+        """An optimiser of the stage's layers, without memory."""
         asked = self.pruning
-        self._rates = dropout.rates(self.network.nodes, self.masks, asked.dropout) if asked.dropout else {}
         return MaskedDescent(
             self.network, self.masks, stage.group, optimiser=asked.optimiser, momentum=self.settings.momentum,
             penalty=asked.retraining_penalty if stage.round else asked.penalty,
             decay=self._settings(stage).weight_decay,
         )  # fmt: skip
+
+    def _take_up(self, descent: MaskedDescent) -> None:
+        """Get the network ready for training with the masks as they are."""
+        descent.hold()
+        self._rates = dropout.rates(self.network.nodes, self.masks, self.pruning.dropout)
 
     def _settings(self, stage: Stage) -> TrainingSettings:
         return self.pruning.retraining if stage.round else self.settings

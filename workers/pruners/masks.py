@@ -79,14 +79,12 @@ def fitting(
     ranks = {name: size / max(scales[name], math.ulp(0.0)) for name, size in sizes.items()}
     levels: Tensor = torch.unique(torch.cat([rank[masks[name]] for name, rank in ranks.items()]))
 
-    def thresholds(place: int) -> Thresholds:
+    def chosen(place: int) -> Masks:
         level = levels[place] if place < len(levels) else math.inf
-        return {name: _least(sizes[name], ranks[name] >= level) for name in weights}
+        return {name: mask & (ranks[name] >= level) if name in ranks else mask for name, mask in masks.items()}
 
-    def kept_fits(place: int) -> bool:
-        return fits(pruned(weights, masks, thresholds(place)))
-
-    return thresholds(bisect_left(range(len(levels)), True, key=kept_fits))
+    least = chosen(bisect_left(range(len(levels)), True, key=lambda place: fits(chosen(place))))
+    return {name: _least(sizes[name], least[name]) for name in weights}
 
 
 def _least(sizes: Tensor, chosen: Tensor) -> float:
@@ -118,12 +116,12 @@ def positions(nodes: Sequence[Node], masks: Mapping[str, Tensor]) -> dict[str, i
 
 def cost(masks: Mapping[str, Tensor], prices: Mapping[str, int]) -> int:
     """What kept weights cost together."""
-    return sum(int(mask.sum()) * prices[name] for name, mask in masks.items())
+    return sum(int(mask.count_nonzero()) * prices[name] for name, mask in masks.items())
 
 
 def kept(masks: Mapping[str, Tensor]) -> int:
     """How many weights are kept."""
-    return sum(int(mask.sum()) for mask in masks.values())
+    return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
 def emptied(nodes: Sequence[Node], masks: Mapping[str, Tensor]) -> list[str]:
