@@ -270,5 +270,14 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     for wrong in ({"method": "best"}, {"synflow_rounds": 0}, {"set_share": 1.0}, {"grasp_temperature": 0.0}):
         with pytest.raises(InvalidInput):
             InterspaceSettings(**wrong)
+    for wrong in ({"sharing": "all"}, {"initialisation": "zero"}):
+        with pytest.raises(InvalidInput):
+            InterspaceSettings.of({"bases": wrong})
+    fields = {"method": "set", "epochs": 3, "set_share": None, "bases": {"sharing": "coarse"}}
+    assert InterspaceSettings.of(fields) == InterspaceSettings("set", Bases("coarse"))
+    assert InterspaceSettings.of({}) == InterspaceSettings()
     assert InterspaceSettings("magnitude").levels(0.5, trained=False) == pytest.approx((1.0, 0.8, 0.64, 0.512, 0.0))
     assert InterspaceSettings("magnitude").levels(0.9, trained=True) == (0.0,)
+    annealed = InterspaceSettings("rigl", rigl_annealed=True, rigl_until=100)
+    assert [annealed.rigl_share_at(i) for i in (0, 50, 100)] == pytest.approx([0.3, 0.15, 0.0])
+    assert InterspaceSettings("rigl").rigl_share_at(99) == 0.3

@@ -13,6 +13,9 @@ from service.settings import Settings
 from workers import datasets
 from workers.datasets import Data
 from workers.placement import NoSuchDevice, choose, home, place, precision
+from workers.pruners.allowance import Allowance
+from workers.pruners.interspace import InterspaceTrainer
+from workers.pruners.interspace_settings import InterspaceSettings
 from workers.training import PruningNetTrainer, ScratchTrainer, Trainer, TrainingSettings
 
 SPACE = get_space("mobilenet_v1", 8, 0.125, 4, True)
@@ -23,7 +26,11 @@ GPU = torch.device("cuda", 0)
 MAKERS: dict[str, Callable[[Data, torch.device], Trainer]] = {
     "scratch": lambda data, device: ScratchTrainer(SPACE, SPACE.uniform(0.5), data, SETTINGS, 7, device),
     "pruning": lambda data, device: PruningNetTrainer(SPACE, data, SETTINGS, 7, None, device),
-}
+    "interspace": lambda data, device: InterspaceTrainer(
+        SPACE, SPACE.uniform(0.5), data, SETTINGS, InterspaceSettings("random"),
+        Allowance.at_rate(SPACE.nodes(SPACE.uniform(0.5)), 0.9), 7, device,
+    ),
+}  # fmt: skip
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:

@@ -109,14 +109,15 @@ class Allowance:
         flat = torch.cat([scores[name].flatten() for name in self.sizes])
         if flat.isnan().any():
             raise InvalidInput("a score is not a number: the network that was scored has diverged")
+        left = torch.ones_like(flat, dtype=torch.bool)
         if among is not None:
-            flat = flat.masked_fill(~torch.cat([among[name].flatten() for name in self.sizes]), -torch.inf)
-        order = torch.argsort(flat, descending=True, stable=True)
-        mask = torch.zeros_like(flat, dtype=torch.bool)
+            left = torch.cat([among[name].flatten() for name in self.sizes])
+        candidates = left.nonzero().squeeze(1)
+        order = candidates[torch.argsort(flat[candidates], descending=True, stable=True)]
+        mask = torch.zeros_like(left)
         mask[order[: self._fitting(order)]] = True
         parts = torch.split(mask, list(self.sizes.values()))
-        masks = {name: part.view_as(scores[name]) for name, part in zip(self.sizes, parts, strict=True)}
-        return masks if among is None else {name: mask & among[name] for name, mask in masks.items()}
+        return {name: part.view_as(scores[name]) for name, part in zip(self.sizes, parts, strict=True)}
 
     def _fitting(self, order: Tensor) -> int:
         """The most first entries of an order whose sum is allowed, found by bisection."""

@@ -10,17 +10,19 @@ Only kernels larger than 1x1 have a basis; of one entry it would be a factor (se
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from latency_profiler.errors import InvalidInput
 from latency_profiler.layers import Node, Op
 from latency_profiler.spaces.space import Space
 from workers.datasets import generator
 from workers.networks import PlainNetwork
 
 Sharing = Literal["spatial", "coarse", "medium", "fine"]
+Initialisation = Literal["standard", "orthonormal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,18 @@ class Bases:
     standard pruning. The paper finds fine best at high pruning rates, coarse at low ones."""
     first: bool = True
     """Whether the first convolution has a basis. No source: chosen here."""
-    initialisation: Literal["standard", "orthonormal"] = "standard"
+    initialisation: Initialisation = "standard"
     """`standard` is F = I, `orthonormal` a random rotation, under which normal coefficients give filters of the same
     distribution. The paper's choice is not known; chosen here."""
     trained: bool = True
     """Whether bases are trained, as in the paper; otherwise they stay as they began."""
     decayed: bool = False
     """Whether bases have weight decay. No source: F D and D^-1 lambda are the same filters, so one side has it."""
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.sharing, get_args(Sharing)), (self.initialisation, get_args(Initialisation))):
+            if value not in known:
+                raise InvalidInput(f"filter bases cannot be {value!r}; there are: {', '.join(known)}")
 
 
 class InterspaceNetwork(PlainNetwork):

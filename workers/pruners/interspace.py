@@ -69,6 +69,7 @@ class InterspaceTrainer(Trainer):
         self.judged: list[Judgement] = []
         self._started = 0
         """Rounds of pruning at the beginning that are behind."""
+        self._rounds_at_start = options.rounds_at_start(self._trained)
         self._levels = options.levels(allowance.share, self._trained)
         self._stage = self.total
         """Iterations of training with one level, over which the schedule of the learning rate runs."""
@@ -145,12 +146,6 @@ class InterspaceTrainer(Trainer):
         elif self.options.method == "set":
             self._exchange(scores.random_scores(self.network, self.seed, "grow", self.done), self.options.set_share)
 
-    @property
-    def _rounds_at_start(self) -> int:
-        if self.options.method == "synflow":
-            return self.options.synflow_rounds
-        return 0 if self.options.method == "magnitude" and not self._trained else 1
-
     def _prune_at_start(self) -> None:
         """One round: of SynFlow's many, or the only one."""
         options, allowance = self.options, self.allowance
@@ -206,19 +201,13 @@ class InterspaceTrainer(Trainer):
         self._apply(masks)
 
     def _exchanges_by_gradient(self) -> bool:
-        options = self.options
-        if options.method != "rigl" or not self.done or self.done % options.rigl_every:
-            return False
-        return self.done <= min(options.rigl_until, self.total - options.rigl_every)
+        every, last = self.options.rigl_every, min(self.options.rigl_until, self.total - self.options.rigl_every)
+        return self.options.method == "rigl" and 0 < self.done <= last and self.done % every == 0
 
     def _exchange_by_gradient(self) -> None:
         """In the place of the optimiser's step: the gradient of inactive entries is that of F^T dL/dh, unmasked."""
-        options = self.options
-        share = options.rigl_share
-        if options.rigl_annealed:
-            share = dynamic.cosine(share, self.done, options.rigl_until)
         growth = {name: entry.grad.abs() for name, entry in self._theta.items() if entry.grad is not None}
-        self._exchange(growth, share)
+        self._exchange(growth, self.options.rigl_share_at(self.done))
         for parameter in self._sgd.parameters:
             parameter.grad = None
 

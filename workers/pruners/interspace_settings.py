@@ -4,11 +4,12 @@
 bases beyond that is not known.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from latency_profiler.errors import InvalidInput
-from workers.pruners.dynamic import Densities
+from workers.pruners.dynamic import Densities, cosine
 from workers.pruners.filter_bases import Bases
 
 Method = Literal["random", "snip", "grasp", "synflow", "magnitude", "set", "rigl"]
@@ -69,6 +70,12 @@ class InterspaceSettings:
         if not all(0 < share < 1 for share in shares):
             raise InvalidInput("shares of entries that are removed or exchanged must lie between 0 and 1")
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "InterspaceSettings":
+        """From a request's fields, `bases` a mapping among them; those that are no setting of this are left out."""
+        given = {name: fields[name] for name in cls.__slots__ if fields.get(name) is not None}
+        return cls(**{**given, "bases": Bases(**given.get("bases", {}))})
+
     def levels(self, share: float, trained: bool) -> tuple[float, ...]:
         """Shares of entries that are kept in one training after another; 0 is as little as is allowed.
 
@@ -84,3 +91,13 @@ class InterspaceSettings:
             found.append(kept)
             kept *= 1.0 - self.lottery_share
         return (*found, 0.0)
+
+    def rounds_at_start(self, trained: bool) -> int:
+        """Rounds in which the network is pruned before its first training."""
+        if self.method == "synflow":
+            return self.synflow_rounds
+        return 0 if self.method == "magnitude" and not trained else 1
+
+    def rigl_share_at(self, iteration: int) -> float:
+        """The share of a layer's entries that RigL exchanges at an iteration."""
+        return cosine(self.rigl_share, iteration, self.rigl_until) if self.rigl_annealed else self.rigl_share
