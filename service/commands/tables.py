@@ -135,9 +135,7 @@ def show_result(console: Console, result: Row) -> None:
     ]  # fmt: skip
     show(console, [*names, *(["kept", "sparse flops"] if masked else [])], rows)
     if masked:
-        console.print(
-            "single weights that are zero do not speed dense runtimes up: flops and ms are those of all weights"
-        )
+        console.print("zeros do not speed dense runtimes up: flops and milliseconds are those of all weights")
     show_channels(console, roles)
     if generations := result.get("generations"):
         show_generations(console, generations)
@@ -148,7 +146,7 @@ def show_result(console: Console, result: Row) -> None:
 def _kept(one: Row) -> list[str]:
     """Weights that a mask keeps, and the multiply-adds that they take part in."""
     pruned = one.get("pruned") or {}
-    return [count(pruned[name]) if name in pruned else "" for name in ("kept", "sparse_flops")]
+    return [count(pruned[name]) or "" if name in pruned else "" for name in ("kept", "sparse_flops")]
 
 
 def show_generations(console: Console, generations: Sequence[Row]) -> None:
