@@ -107,10 +107,8 @@ def interspace(context: Context, job_id: str) -> InterspaceTrainer:
     """Of the job's settings."""
     spec, (channels, start) = context.spec.interspace, _network(context, job_id, "interspace")
     fields = spec.model_dump()
-    options = InterspaceSettings(
-        method=spec.pruning, bases=Bases(**{name: fields[name] for name in Bases.__slots__}),
-        **{name: fields[name] for name in InterspaceSettings.__slots__ if name in fields},
-    )  # fmt: skip
+    bases = {name: fields[name] for name in Bases.__slots__}
+    options = InterspaceSettings.of({**fields, "method": spec.pruning, "bases": bases})
     [bound] = context.constraints
     allowance = Allowance.within(context.space.nodes(channels), bound)
     training = TrainingSettings.of(context.spec.dense.model_dump())
