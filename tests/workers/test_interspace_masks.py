@@ -14,9 +14,10 @@ from latency_profiler.layers import Op
 from latency_profiler.spaces.registry import SPACES, get_space
 from workers.datasets import generator
 from workers.networks import PlainNetwork
-from workers.pruners.allowance import Allowance, largest, sizes, sparse_flops
+from workers.pruners.allowance import Allowance, largest, sizes
 from workers.pruners.dynamic import Densities, cosine, exchanged, layer_counts, starting_masks
 from workers.pruners.filter_bases import Bases, InterspaceNetwork
+from workers.pruners.masks import sparse_flops
 from workers.pruners.scores import Scores, random_scores
 
 SPACE = get_space("resnet20", 16, 0.25, 4)

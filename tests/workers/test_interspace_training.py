@@ -19,10 +19,11 @@ from workers.datasets import Data
 from workers.evaluation import evaluate
 from workers.networks import PlainNetwork
 from workers.pruners import scores
-from workers.pruners.allowance import Allowance, sparse_flops
+from workers.pruners.allowance import Allowance
 from workers.pruners.filter_bases import Bases, InterspaceNetwork
 from workers.pruners.interspace import InterspaceTrainer
 from workers.pruners.interspace_settings import InterspaceSettings, Method
+from workers.pruners.masks import sparse_flops
 from workers.sgd import Momentum, Rule
 from workers.training import ScratchTrainer, TrainingSettings
 

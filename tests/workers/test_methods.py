@@ -27,10 +27,10 @@ from tests.workers.test_job_life import (
 )
 from workers import checkpoints
 from workers.networks import PlainNetwork
-from workers.pruners.allowance import sparse_flops
 from workers.pruners.collaborative_settings import CollaborativeSettings
 from workers.pruners.filter_bases import Bases
 from workers.pruners.interspace_settings import InterspaceSettings
+from workers.pruners.masks import sparse_flops
 from workers.pruners.schedule import MagnitudeSettings
 
 __all__ = ["world"]

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from latency_profiler.cost import Constraint, Metric, layer_flops
 from latency_profiler.errors import InfeasibleConstraint, InvalidInput
-from latency_profiler.layers import Layer, Node, Op
-
-PRUNED_OPS = (Op.CONV, Op.DEPTHWISE, Op.LINEAR)
-Masks = dict[str, Tensor]
-"""True where an entry is kept."""
+from latency_profiler.layers import Layer, Node
+from latency_profiler.spaces.space import WEIGHTED
+from workers.pruners.masks import Masks
 
 
 def positions(layer: Layer) -> int:
@@ -29,13 +27,8 @@ def positions(layer: Layer) -> int:
 
 def sizes(nodes: Sequence[Node]) -> dict[str, int]:
     """Entries of Theta, by node."""
-    pruned = {str(i): node.layer for i, node in enumerate(nodes) if node.layer.op in PRUNED_OPS}
+    pruned = {str(i): node.layer for i, node in enumerate(nodes) if node.layer.op in WEIGHTED}
     return {name: layer_flops(layer) // positions(layer) for name, layer in pruned.items()}
-
-
-def sparse_flops(nodes: Sequence[Node], masks: Mapping[str, Tensor]) -> int:
-    """Multiply-adds of the kept weights for one image."""
-    return sum(int(mask.sum()) * positions(nodes[int(name)].layer) for name, mask in masks.items())
 
 
 @dataclass(frozen=True)

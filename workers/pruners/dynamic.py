@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.pruners.allowance import Allowance, Masks, largest
+from workers.pruners.allowance import Allowance, largest
+from workers.pruners.masks import Masks
 
 Densities = Literal["erk", "er", "uniform"]
 

@@ -17,10 +17,11 @@ from workers.evaluation import evaluate
 from workers.networks import PlainNetwork
 from workers.parallel import ALONE, Team
 from workers.pruners import dynamic, scores
-from workers.pruners.allowance import Allowance, Masks, sparse_flops
+from workers.pruners.allowance import Allowance
 from workers.pruners.filter_bases import InterspaceNetwork
 from workers.pruners.interspace_settings import DYNAMIC, InterspaceSettings
 from workers.pruners.judgement import Judgement
+from workers.pruners.masks import Masks, kept, sparse_flops
 from workers.sgd import Momentum, Rule
 from workers.training import Trainer, TrainingSettings
 
@@ -233,7 +234,7 @@ class InterspaceTrainer(Trainer):
         options, allowance = self.options, self.allowance
         self.judged.append(
             Judgement(
-                self.round, self.network.channels, sum(int(mask.sum()) for mask in self.masks.values()),
+                self.round, self.network.channels, kept(self.masks),
                 sum(allowance.sizes.values()), sparse_flops(self.network.nodes, self.masks), score.accuracy,
                 score.loss, f"{options.method}, {options.bases.sharing}",
             )

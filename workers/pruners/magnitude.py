@@ -262,7 +262,7 @@ class MagnitudePruner(Trainer):
         living = dead_channels.living(self.network.space, self.masks)
         self.judged.append(Judgement(
             stage.round, tuple(len(living[i]) for i in range(len(living))), m.kept(self.masks),
-            sum(mask.numel() for mask in self.masks.values()), m.cost(self.masks, m.positions(nodes, self.masks)),
+            sum(mask.numel() for mask in self.masks.values()), m.sparse_flops(nodes, self.masks),
             score.accuracy, score.loss, "; ".join(self._notes),
         ))  # fmt: skip
         if stage.round == 0:

@@ -119,6 +119,11 @@ def cost(masks: Mapping[str, Tensor], prices: Mapping[str, int]) -> int:
     return sum(int(mask.count_nonzero()) * prices[name] for name, mask in masks.items())
 
 
+def sparse_flops(nodes: Sequence[Node], masks: Mapping[str, Tensor]) -> int:
+    """Multiply-adds of the kept weights for one image."""
+    return cost(masks, positions(nodes, masks))
+
+
 def kept(masks: Mapping[str, Tensor]) -> int:
     """How many weights are kept."""
     return sum(int(mask.count_nonzero()) for mask in masks.values())

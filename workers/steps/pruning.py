@@ -21,8 +21,8 @@ from service.store.session import transaction
 from workers import checkpoints
 from workers.evaluation import test
 from workers.networks import PlainNetwork, folded_weights
-from workers.pruners.allowance import sparse_flops
 from workers.pruners.judgement import Judgement
+from workers.pruners.masks import kept, sparse_flops
 from workers.steps import measuring, methods, retraining, turns
 from workers.steps.context import Context
 from workers.steps.outcome import MOVED, Outcome
@@ -72,9 +72,9 @@ def begin(context: Context, job: Job) -> Outcome:
 def step(context: Context, job: Job) -> Outcome:
     """Prune for a slice; at the end test and store what is left."""
     method = turns.current(context, job)
-    kept = job.memory.get("checkpoint") or {}
+    saved = job.memory.get("checkpoint") or {}
     key = [method, job.memory["round"]]
-    pruner = context.keep("pruner", [*key, kept.get("sha256")], lambda: methods.build(context, job, method, kept))
+    pruner = context.keep("pruner", [*key, saved.get("sha256")], lambda: methods.build(context, job, method, saved))
 
     def progress() -> dict[str, Any]:
         return {"phase": "searching", "method": method, "done": pruner.done, "total": pruner.total, **pruner.latest()}
@@ -119,7 +119,7 @@ def _finish(context: Context, job: Job, method: Method, pruner: Any) -> None:
     """Test once, and store result and artifacts; then it is the next method's turn."""
     found = methods.outcome(pruner)
     network: PlainNetwork = found.network
-    kept = _kept(context, found)
+    facts = _kept(context, found)
     score = test(network, context.data, context.device)
     model = build_model(network.nodes, weights=folded_weights(network)).SerializeToString(deterministic=True)
     files = {
@@ -137,7 +137,7 @@ def _finish(context: Context, job: Job, method: Method, pruner: Any) -> None:
                 session, job, context.space, network.channels, Role.WINNER, method=method, rank=0,
                 proxy_accuracy=pruner.judged[-1].accuracy, settings=getattr(context.spec, method).model_dump(),
                 predicted=context.predict(job, network.channels), test_accuracy=score.accuracy, test_loss=score.loss,
-                pruned=kept | found.facts, **files,
+                pruned=facts | found.facts, **files,
             )  # fmt: skip
         old = (job.memory.get("checkpoint") or {}).get("sha256")
         changes = turns.hand_on(context, job, [*job.memory.get("queue", []), winner])
@@ -152,15 +152,12 @@ def _kept(context: Context, found: methods.Pruned) -> dict[str, Any]:
     if not found.masks:
         return {}
     nodes = found.network.nodes
-    kept = {
-        "kept": sum(int(mask.sum()) for mask in found.masks.values()),
-        "sparse_flops": sparse_flops(nodes, found.masks),
-    }
+    facts = {"kept": kept(found.masks), "sparse_flops": sparse_flops(nodes, found.masks)}
     [bound] = context.constraints
-    value = kept["sparse_flops"] if bound.metric is Metric.FLOPS else kept["kept"]
+    value = facts["sparse_flops" if bound.metric is Metric.FLOPS else "kept"]
     if value > bound.maximum:
         raise MaskTooDear(f"{value} {bound.metric.value} are kept, {bound.maximum:.0f} are allowed")
-    return kept
+    return facts
 
 
 def _as_json(judged: Sequence[Judgement]) -> list[dict[str, Any]]:
