@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from latency_profiler.cost import Constraint, Metric, flops, parameters
 from latency_profiler.errors import InfeasibleConstraint, InvalidInput
-from latency_profiler.layers import Op
 from latency_profiler.spaces.registry import SPACES, get_space
+from latency_profiler.spaces.space import WEIGHTED
 from workers.datasets import generator
 from workers.networks import PlainNetwork
 from workers.pruners.allowance import Allowance, largest, sizes
@@ -31,7 +31,7 @@ D = sum(entry.numel() for entry in NETWORK.prunable().values())
 def test_prunable_are_all_weights_and_nothing_else(name: str) -> None:
     space = get_space(name, 32, 0.125, 7)
     layers, channels = space.layers(space.uniform(1.0)), space.uniform(1.0)
-    biases = sum(layer.c_out for layer in layers if layer.op is Op.LINEAR)
+    biases = sum(layer.c_out for layer in layers if layer.op in WEIGHTED and not layer.norm)
     norms = sum(2 * layer.c_out for layer in layers if layer.norm)
     counted = sizes(space.nodes(channels))
     assert sum(counted.values()) == parameters(layers) - biases - norms
