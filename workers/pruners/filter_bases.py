@@ -130,7 +130,7 @@ class InterspaceNetwork(PlainNetwork):
 def sharing_groups(space: Space, nodes: Sequence[Node], scheme: Bases) -> dict[int, str]:
     """Name of the basis of each convolution that has one; equal names are one basis, of one kernel size."""
     convolutions = [i for i, node in enumerate(nodes) if node.layer.op in (Op.CONV, Op.DEPTHWISE)]
-    without = set() if scheme.first else {convolutions[0]}
+    without = set() if scheme.first else set(convolutions[:1])
     found: dict[int, str] = {}
     for i in convolutions:
         kernel = nodes[i].layer.kernel
