@@ -48,17 +48,18 @@ class Killed(BaseException):
 
 
 class Console:
-    """Counts what the steps say; with `dies_at`, the process ends there."""
+    """Hears what the steps say; with `dies_in`, the process ends when a phase has said something so many times."""
 
     stopping = False
 
-    def __init__(self, dies_at: int | None = None) -> None:
-        self.said, self.dies_at = 0, dies_at
+    def __init__(self, dies_in: str = "", after: int = 1) -> None:
+        self.dies_in, self.left = dies_in, after
 
     def say(self, progress: dict[str, Any] | None = None) -> None:
-        self.said += 1
-        if self.said == self.dies_at:
-            raise Killed
+        if progress and progress.get("phase") == self.dies_in:
+            self.left -= 1
+            if not self.left:
+                raise Killed
 
 
 class Bench:
@@ -429,18 +430,20 @@ def forget() -> None:
         session.execute(update(Result).values(recipe=None))
 
 
-def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("objective", ["best", "front"])
+def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(
+    world: None, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
     monkeypatch.setattr("workers.steps.trainers.SLICE", 0.05)  # several checkpoints although the job is short
-    short = {"search": {"generations": 2, "population": 4}}
+    short: dict[str, Any] = {"search": {"generations": 2, "population": 4}, "objective": objective}
     undisturbed = fate(run(submit(flops_bound(0.4), **short)))
     forget()
 
-    job_id, phases = submit(flops_bound(0.4), **short), set()
-    for life in range(100):
-        try:
-            job = run(job_id, console=Console(dies_at=3 + 5 * life % 17))
-            break
-        except Killed:
-            phases.add(read(job_id).state)
-    assert phases >= {JobState.TRAINING, JobState.SEARCHING, JobState.RETRAINING}
-    assert fate(job) == undisturbed
+    job_id = submit(flops_bound(0.4), **short)
+    for phase, after in [("training", 1), ("training", 4), ("searching", 1), ("searching", 3), ("searching", 6)]:
+        with pytest.raises(Killed):
+            run(job_id, console=Console(phase, after))
+    for after in (1, 5, 14):
+        with pytest.raises(Killed):
+            run(job_id, console=Console("retraining", after))
+    assert fate(run(job_id)) == undisturbed
