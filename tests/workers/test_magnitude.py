@@ -73,6 +73,7 @@ def test_a_run_interrupted_anywhere_is_bit_equal_to_one_that_was_not(
         tensors, counters = checkpoints.load(place(tmp_path, sha256), sha256), json.loads(json.dumps(one.counters()))
         one = pruner(space, data, settings)
         one.restore(tensors, counters)
+        one.align(one.counters())  # as a job's steps do it after every `restore`
     assert one.done == one.total
     assert one.counters() == whole.counters()
     assert (one.judged, one.points) == (whole.judged, whole.points)

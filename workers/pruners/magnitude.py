@@ -141,8 +141,9 @@ class MagnitudePruner(Trainer):
         super().restore(tensors, counters)
 
     def align(self, counters: Mapping[str, Any]) -> None:
-        """As `Trainer.align`."""
-        self._resume(counters)
+        """As `Trainer.align`; process 0 holds already what the others begin to."""
+        if self._team.rank:
+            self._resume(counters)
         super().align(counters)
 
     def _resume(self, counters: Mapping[str, Any]) -> None:
