@@ -10,7 +10,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data() -> Data:
     """240 images of 8x8 whose brightness tells their class, of 4 classes."""
     random = np.random.default_rng(0)

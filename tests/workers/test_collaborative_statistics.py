@@ -225,7 +225,7 @@ def test_twins_are_seen_as_such() -> None:
 
 
 def test_a_loss_that_counts_more_has_a_larger_slope_and_curvature() -> None:
-    """Invariant 11, by the weight of a head's loss: slopes are linear in it, Gauss-Newton too, the Fisher matrix not."""
+    """Invariant 11, by the weight of a head: slopes are linear in it, Gauss-Newton too, the Fisher matrix is not."""
     network, few = made("resnet20", 0.25)
     heads = Heads.spread(network, 1, 0).double()
     slot = 0
@@ -248,7 +248,7 @@ def test_a_slot_is_judged_by_the_first_head_behind_it_too() -> None:
     found = statistics(network, few, heads=heads)
     alone = statistics(network, few)
     gates = {i: torch.ones(1, c, dtype=torch.float64, requires_grad=True) for i, c in enumerate(network.channels)}
-    logits, *others = outputs(network, heads, few.images, gated(network, gates, "activation"), gates)
+    _, *others = outputs(network, heads, few.images, gated(network, gates, "activation"), gates)
     losses = [functional.cross_entropy(one, few.labels) for one in others]
     heard = set()
     for slot, quadratic in found.items():

@@ -17,7 +17,7 @@ from latency_profiler.cost import flops, parameters
 from latency_profiler.errors import InvalidInput, NothingFeasible
 from workers.budget import Budget
 from workers.datasets import Data
-from workers.evaluation import evaluate
+from workers.evaluation import BATCH, evaluate, recalibrate
 from workers.networks import PlainNetwork
 from workers.pruners.auxiliary import Heads, SupervisedTrainer
 from workers.pruners.channel_statistics import ChannelStatistics, magnitudes
@@ -74,6 +74,7 @@ class CollaborativePruner:
         slots = prunable(network.space, settings.shortcuts)
         self._widths = Widths(budget, network.channels, slots, settings.floor, settings.widths == "choices")
         self._images = data.sub_training.sample(0 if settings.ranking == "l1" else settings.images, seed)
+        self._recalibration = data.sub_training.sample(settings.recalibration_images, seed)
         self._counts = None if settings.allocation == "global" else self._shared()
         self._plan = plan(network.space, slots, settings)
         self._totals = [self._total(step) for step in self._plan]
@@ -219,6 +220,8 @@ class CollaborativePruner:
         self._network = shrink(self._network, kept)
         if self._heads is not None:
             self._heads = self._heads.shrink(self._network, kept)
+        if len(self._recalibration):
+            recalibrate(self._network, self._recalibration, BATCH, self._device)
         self.choices |= chosen
         change = sum(choice.change for choice in chosen.values())
         names = "all slots" if len(slots) > 1 else self._network.space.slots[slots[0]].name

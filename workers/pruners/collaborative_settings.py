@@ -44,6 +44,10 @@ class CollaborativeSettings:
     """Of the sub-training set, for the statistics. No source: S has no higher rank than this."""
     batch_size: int = 128
     """Of the statistics; it changes nothing but speed."""
+    recalibration_images: int = 512
+    """Of the sub-training set, on which batch norms are measured anew after every pruning round; 0 leaves them.
+    Fine-tuning normalises by its batches from the first step on, so channels that only make up for old statistics are
+    worth nothing. No source: chosen here."""
     auxiliaries: int = 0
     """Auxiliary heads (CCP-AC). Their number, form and weight in the publication are unknown."""
     auxiliary_weight: float = 0.3

@@ -4,8 +4,8 @@ Widths are any integers from the smallest choice of a slot (so that lookup table
 extrapolated) up to the trained width, or only choices, whose layers tables have measured themselves. Given
 *proportions* of widths, the largest network of these proportions is found by bisection on one factor, and what whole
 channels then leave of the budget goes, channel by channel, to slots that were rounded down most. Every bound is
-checked by the cost model itself, so the result keeps it exactly; what is left over is less than one more channel of
-any slot would cost.
+checked by the cost model itself, so the result keeps it exactly, and at least 99 % of the tightest one is used, or no
+slot can have a channel more.
 
 Proportions are those of the trained network, given ratios, or come from one problem over all slots (`spread`). There
 the budget is a knapsack, but FLOPs are bilinear in widths and latencies are tables. So the cost is linearised at the
@@ -25,6 +25,8 @@ from workers.budget import Budget
 from workers.pruners.quadratic import Floats, Quadratic, relax, split
 
 BISECTIONS = 50
+FULL = 0.99
+"""A budget of which this share is used is used up: filling it to the brim would only make cheap layers wide."""
 ROUNDS = 20
 """Linearisations after which the widths are taken as they are."""
 SETTLED = 0.5
@@ -106,9 +108,11 @@ class Widths:
         return bool(self.budget.shares(widths[None])[0] <= 1)
 
     def _filled(self, widths: Ints, targets: Floats) -> tuple[int, ...]:
-        """One allowed width more, of the slot that is furthest behind its target, as long as one more fits."""
+        """One allowed width more of the slot that is furthest behind its target, until the budget is used up."""
         for _ in range(int(self.channels.sum())):
-            following = self.at_next(widths)
+            if self.budget.shares(widths[None])[0] >= FULL:
+                break
+            following = self._next(widths)
             steps = np.where(np.eye(len(widths), dtype=bool), following, widths)
             fits = (following > widths) & (self.budget.shares(steps) <= 1)
             if not fits.any():
@@ -117,7 +121,7 @@ class Widths:
             widths = steps[behind.argmax()]
         return tuple(widths.tolist())
 
-    def at_next(self, widths: Ints) -> Ints:
+    def _next(self, widths: Ints) -> Ints:
         """The next allowed widths (s,), or the same where there is none."""
         places = [
             int(np.searchsorted(allowed, width, side="right"))
