@@ -152,8 +152,8 @@ class MagnitudePruner(Trainer):
         self.points = [sensitivity.Point(**row) for row in counters["points"]]
         self.emptied, self._notes = list(counters["emptied"]), list(counters["notes"])
         self._initial = dict(counters["initial"])
-        fresh = self._descent is None and self.done < self.total  # what is restored keeps its memory
-        if fresh and (stage := self._stage()).kind == "train" and self.done > stage.begins:
+        self._descent = None
+        if self.done < self.total and (stage := self._stage()).kind == "train" and self.done > stage.begins:
             self._descent = self._begin(stage)
 
     def _stage(self) -> Stage:
