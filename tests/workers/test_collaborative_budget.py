@@ -59,7 +59,7 @@ CASES = [*product(SPACES, (Metric.FLOPS, Metric.PARAMETERS)), ("mobilenet_v1", M
 @pytest.mark.parametrize(("name", "metric"), CASES)
 def test_the_budget_is_kept_and_used(name: str, metric: Metric, grid: bool) -> None:
     space = get_space(name, 32, 0.5, 10, True)
-    for share in (0.5, 0.2):
+    for share in (0.5, 0.2)[: 1 if metric is Metric.LATENCY else 2]:
         budget = budget_of(space, share, metric)
         found = widths_of(budget, grid=grid).within(np.array(space.uniform(1.0), dtype=float))
         assert budget.allows(found)
@@ -106,6 +106,14 @@ def test_slots_that_may_not_be_pruned_keep_their_width() -> None:
         Widths(budget_of(space, 0.2), space.uniform(1.0), range(2, 11), 0.3, False)
 
 
+def test_where_nothing_may_be_pruned_nothing_is_shared_out() -> None:
+    space = get_space("resnet20", 32, 1.0, 10, True)
+    widths = widths_of(budget_of(space, 1.0), floor=1.0)
+    found = spread(causes(space, 0, np.ones(len(space.genes))), widths)
+    assert found.rounds == 0
+    assert widths.within(found.widths) == space.uniform(1.0)
+
+
 def test_slopes_of_flops_are_their_derivatives() -> None:
     space = get_space("resnet20", 32, 1.0, 10, True)
     budget = budget_of(space, 0.5)
@@ -115,7 +123,7 @@ def test_slopes_of_flops_are_their_derivatives() -> None:
     assert widths_of(budget).slopes(at) == pytest.approx(exact, rel=1e-9)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.7, 0.5, 0.3]), st.sampled_from([Metric.FLOPS, Metric.LATENCY]))
 def test_the_global_problem_settles_on_the_budget_and_predicts_less_loss(
     seed: int, share: float, metric: Metric

@@ -1,7 +1,7 @@
 """Auxiliary classifiers: heads behind some nodes of a network, trained with it and dropped afterwards (CCP-AC).
 
 The publication names neither their form nor their places. Here a head is the mean over pixels and a linear layer, and
-the heads stand at *joints*: nodes that all later nodes depend on the image through.
+the heads stand at *joints*: nodes whose map is all that later nodes see of the image.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from workers.training import ScratchTrainer, TrainingSettings
 
 
 def joints(space: Space) -> list[int]:
-    """Nodes before the last convolution whose map is all that later nodes read of the image."""
+    """The joints before the last convolution."""
     last = max(i for i, unit in enumerate(space.units) if unit.op is Op.CONV)
     earliest = [min(unit.input, unit.input if unit.shortcut is None else unit.shortcut) for unit in space.units]
     return [i for i in range(last) if all(read >= i for read in earliest[i + 1 :])]

@@ -12,7 +12,7 @@ With auxiliary heads a slot's loss is the network's plus that of the first head 
 S is a Gram matrix, of at most so high a rank as there were rows. Letters: b images, c channels, k classes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -125,7 +125,7 @@ class ChannelStatistics:
             parts.append((one, [i for i in gates if heads.behind(i) == k], self._weight))
         return [part for part in parts if part[1]]
 
-    def _square(self, rows: Any) -> None:
+    def _square(self, rows: Iterable[tuple[int, Tensor]]) -> None:
         for i, row in rows:
             self._s[i].addmm_(row.T, row)
 

@@ -192,7 +192,7 @@ class CollaborativePruner:
         if self._settings.ranking == "l1":
             return {i: magnitudes(self._network, i) for i in slots}
         found = stage.quadratics()
-        if not all(np.isfinite(one.scale) for one in found.values()):
+        if not all(np.isfinite(one.u).all() and np.isfinite(one.s).all() for one in found.values()):
             raise InvalidInput("the trained network's gradients are not finite: it has diverged and cannot be pruned")
         return {i: one.diagonal() for i, one in found.items()} if self._settings.ranking == "diagonal" else found
 
@@ -231,17 +231,9 @@ class CollaborativePruner:
         score = evaluate(self._network, self._data.sub_validation, self._device)
         space, channels = self._network.space, self._network.channels
         now, before = space.layers(channels), space.layers(self._trained)
+        kept, dense = parameters(now), parameters(before)
         self.judged.append(
-            Judgement(
-                len(self.judged),
-                channels,
-                parameters(now),
-                parameters(before),
-                flops(now),
-                score.accuracy,
-                score.loss,
-                note,
-            )
+            Judgement(len(self.judged), channels, kept, dense, flops(now), score.accuracy, score.loss, note)
         )
 
 

@@ -30,9 +30,9 @@ def gated(network: PlainNetwork, gates: Mapping[int, Tensor], kind: Gate) -> Cal
 
 
 def passed(x: Tensor, slot: Slot, gates: Mapping[int, Tensor]) -> Tensor:
-    """Maps (b, c, s, s) of a slot behind its gate, if it has one."""
+    """Maps (b, c, s, s), or features (b, c), of a slot behind its gate, if it has one."""
     gate = of(slot, gates)
-    return x if gate is None else x * gate[:, :, None, None]
+    return x if gate is None else x * _like(gate, x)
 
 
 def _activations(network: PlainNetwork, gates: Mapping[int, Tensor]) -> Callable[[int, Tensor], Tensor]:
@@ -50,9 +50,13 @@ def _weights(network: PlainNetwork, gates: Mapping[int, Tensor]) -> Callable[[in
         if unit.op not in WEIGHTED or gate is None:
             return y
         silent = network.compute(i, torch.zeros_like(x[:1]))  # what a weight of zero gives: shift of the norm, or bias
-        return silent + (y - silent) * (gate[:, :, None, None] if y.dim() == 4 else gate)
+        return silent + (y - silent) * _like(gate, y)
 
     return compute
+
+
+def _like(gate: Tensor, x: Tensor) -> Tensor:
+    return gate.reshape(*gate.shape, *(1,) * (x.dim() - 2))
 
 
 def of(slot: Slot, tensors: Mapping[int, Tensor]) -> Tensor | None:

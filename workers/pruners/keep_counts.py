@@ -146,6 +146,8 @@ def spread(quadratics: Mapping[int, Quadratic], widths: Widths) -> Spread:
     at = np.array(widths.within(widths.channels.astype(np.float64)), dtype=np.float64)
     free = [i for i in quadratics if widths.smallest[i] < widths.channels[i]]
     for done in range(ROUNDS):
+        if not free:
+            return Spread(at, done)
         whole = np.rint(at).astype(np.int64)
         slopes = widths.slopes(whole)
         left = 1.0 - float(widths.budget.shares(whole[None])[0]) + sum(slopes[i] * whole[i] for i in free)
@@ -158,6 +160,6 @@ def spread(quadratics: Mapping[int, Quadratic], widths: Widths) -> Spread:
         free = [i for i in free if following[i] > widths.smallest[i]]
         moved = np.abs(following - at).max()
         at = following
-        if moved < SETTLED or not free:
+        if moved < SETTLED:
             return Spread(at, done + 1)
     return Spread(at, ROUNDS)
