@@ -19,7 +19,7 @@ from latency_profiler.errors import (
 )
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
-from latency_profiler.spaces.space import Space
+from latency_profiler.spaces.space import WEIGHTED, Space
 from service.methods import UNSTRUCTURED
 from service.specs import JobRequest, TrainingSpec, resolve
 from service.store import datasets, jobs, measurements, results, structures
@@ -50,6 +50,7 @@ def prepare(session: Session, request: JobRequest) -> Submission:
     spec = resolve(request, dataset.image_size)
     assert spec.image_size is not None
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")
+    check_layers(spec, space)
     if spec.start is not None:
         check_start(session, spec.start, space, dataset.id)
     if "metapruning" in spec.methods:
@@ -79,6 +80,20 @@ def check_steady(training: TrainingSpec) -> None:
             f"training.weight_decay {training.weight_decay:g} makes weights oscillate at learning rate "
             f"{training.learning_rate:g} and momentum {training.momentum:g}; at most {most:.2g} is possible"
         )
+
+
+def check_layers(spec: JobRequest, space: Space) -> None:
+    """See that settings of pruning methods speak of this space's layers.
+
+    Raises:
+        InvalidInput: they do not.
+    """
+    ratios = spec.collaborative.ratios
+    if ratios is not None and len(ratios) != len(space.genes):
+        raise InvalidInput(f"collaborative.ratios has {len(ratios)} numbers; {space.key} has {len(space.genes)} genes")
+    known = [unit.name for unit in space.units if unit.op in WEIGHTED]
+    if unknown := sorted(set(spec.magnitude.qualities) - set(known)):
+        raise InvalidInput(f"magnitude.qualities: {space.name} has no layer {unknown[0]!r}; it has {', '.join(known)}")
 
 
 def check_start(session: Session, job_id: str, space: Space, dataset_id: str) -> None:

@@ -48,7 +48,12 @@ OWN: dict[str, Schema] = {
     },
     "/v1/devices/{device}/leases": {"fingerprint": {"cpu": "fast"}},
     "/v1/devices/{device}/measurements": {"fingerprint": "0" * 64},
-    "/v1/jobs": {"measure_on": [], "training": {"band": [0.5, 1.5]}, "search": {"recalibration_images": 100}},
+    "/v1/devices/{device}/lookup-table": {"networks": []},
+    "/v1/jobs": {
+        "measure_on": [], "training": {"band": [0.5, 1.5], "weight_decay": 0.001},
+        "search": {"recalibration_images": 100}, "compare_with": [], "start": None,
+        "collaborative": {"images": 100, "ratios": None}, "magnitude": {"scan": False, "qualities": {}},
+    },
 }
 """Right values that the description cannot tell."""
 DEEP = "[" * 30_000 + "]" * 30_000

@@ -99,6 +99,8 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
         ({"method": "magnitude", "magnitude": {"scan": True, "qualities": {"block1": 1.0}}}, "not both"),
         ({"method": "interspace", "constraints": [{"metric": "parameters", "max": 3}]}, "parameters"),
         ({"method": "collaborative", "start": "nowhere"}, "nowhere"),
+        ({"method": "collaborative", "collaborative": {"ratios": [0.5, 0.5]}}, "genes"),
+        ({"method": "magnitude", "magnitude": {"qualities": {"nowhere": 1.0}}}, "nowhere"),
         ({"method": "luck"}, "metapruning"),
     ],
 )
