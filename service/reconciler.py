@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from service import broker
 from service.settings import get_settings
 from service.store import idempotency, jobs, repricing, skybands
+from service.store.repricing import Due, Walk
 from service.store.session import snapshot, transaction
 
 log = logging.getLogger(__name__)
@@ -32,21 +33,33 @@ def reconcile() -> int:
     return waiting
 
 
-def reprice(seconds: float, stop: threading.Event) -> bool:
-    """Price what is due, a chunk per transaction, for so long or until told to stop; True when nothing is left."""
-    until = time.monotonic() + seconds
+def reprice(seconds: float, stop: threading.Event, walks: dict[Due, Walk] | None = None) -> bool:
+    """Price what is due, a chunk per transaction, for so long or until told to stop; True when nothing is left.
+
+    Args:
+        walks: keeps the walk that time has run out for, so that the next call goes on with it; one whose step has
+            failed begins anew.
+    """
+    until, begun = time.monotonic() + seconds, {} if walks is None else walks
     with snapshot() as session:
         due = repricing.due(session)
+    for gone in begun.keys() - set(due):
+        del begun[gone]
     for one in due:
-        with snapshot() as session:
-            walk = repricing.Walk(session, one)
+        walk = begun.pop(one, None) or _walk(one)
         more = True
         while more:
             if stop.is_set() or time.monotonic() > until:
+                begun[one] = walk
                 return False
             with transaction() as session:
                 more = walk.step(session)
     return True
+
+
+def _walk(due: Due) -> Walk:
+    with snapshot() as session:
+        return Walk(session, due)
 
 
 def gather(seconds: float, stop: threading.Event) -> bool:
@@ -71,14 +84,14 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    period, done = get_settings().reconcile_seconds, True
+    period, done, walks = get_settings().reconcile_seconds, True, dict[Due, Walk]()
     while not stop.wait(period if done else 0.0):
         try:
             reconcile()
             with transaction() as session:
                 idempotency.sweep(session)
             seconds = max(period, PRICING_SECONDS)
-            done = reprice(seconds, stop) and gather(seconds, stop)
+            done = reprice(seconds, stop, walks) and gather(seconds, stop)
         except (OperationalError, PoolTimeout) as error:
             log.warning("the database did not answer: %s", error)
             done = True

@@ -24,7 +24,12 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("p90", sa.Double(), nullable=True))
     _fill()
     with op.batch_alter_table("structure_latencies", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_structure_latencies_device_id_seconds"))
         batch_op.add_column(sa.Column("p90", sa.Double(), nullable=True))
+    with op.batch_alter_table("candidates", schema=None) as batch_op:
+        batch_op.create_index(
+            batch_op.f("ix_candidates_space_key_dataset_id_id"), ["space_key", "dataset_id", "id"], unique=False
+        )
     with op.batch_alter_table("table_fits", schema=None) as batch_op:
         batch_op.add_column(sa.Column("statistic", sa.String(length=16), nullable=False, server_default="p50"))
         batch_op.drop_constraint(batch_op.f("pk_table_fits"), type_="primary")
@@ -49,8 +54,13 @@ def downgrade() -> None:
         batch_op.drop_constraint(batch_op.f("pk_table_fits"), type_="primary")
         batch_op.create_primary_key(batch_op.f("pk_table_fits"), ["table_id", "space_key"])
         batch_op.drop_column("statistic")
+    with op.batch_alter_table("candidates", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_candidates_space_key_dataset_id_id"))
     with op.batch_alter_table("structure_latencies", schema=None) as batch_op:
         batch_op.drop_column("p90")
+        batch_op.create_index(
+            batch_op.f("ix_structure_latencies_device_id_seconds"), ["device_id", "seconds"], unique=False
+        )
     with op.batch_alter_table("measurements", schema=None) as batch_op:
         batch_op.drop_column("p90")
 

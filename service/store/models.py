@@ -444,7 +444,6 @@ class StructureLatency(Base):
     """Predicted seconds of a structure on a device."""
 
     __tablename__ = "structure_latencies"
-    __table_args__ = (Index(None, "device_id", "seconds"),)
     structure_id: Mapped[str] = mapped_column(ForeignKey("structures.id", ondelete="CASCADE"), primary_key=True)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
     prices: Mapped[str | None] = mapped_column(String(32))
@@ -504,6 +503,7 @@ class Candidate(Base):
             "id",
         ),
         Index(None, "space_key", "dataset_id", "flops"),
+        Index(None, "space_key", "dataset_id", "id"),  # what came after a skyband was made
         Index(None, "structure_id"),
     )
     id: Mapped[int] = mapped_column(BigId, primary_key=True)

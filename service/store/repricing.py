@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Text, cast, func, select
+from sqlalchemy import Text, and_, cast, func, select
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Ints, Statistic
@@ -102,41 +102,59 @@ class Walk:
         self._prices = _read_prices(session, due)
         self._digest = self._prices.digest if self._prices else None
         self._done = session.scalars(select(func.count()).where(Structure.space_key == due.space_key)).one()
-        if self._prices is not None:
-            left = select(func.count()).where(Structure.space_key == due.space_key, self._outdated())
-            self._done -= session.scalars(left).one()
+        self._left = session.scalars(self._outdated(func.count())).one() if self._prices else 0
+        self._done -= self._left
 
     def step(self, session: Session) -> bool:
         """Price the next chunk; False when there is none, or when the device has gone or uses another table."""
         device = session.get(Device, self._due.device_id, with_for_update={"read": True, "key_share": True})
         if device is None or device.table_id != self._due.table_id:
             return False
-        chunk = self._chunk(session) if self._prices else []
+        chunk, more = self._next(session) if self._prices else ([], False)
         if chunk:
-            self._after = chunk[-1][0]
-            self._done += len(chunk)
+            self._done, self._left = self._done + len(chunk), self._left - len(chunk)
             upsert_columns(session, StructureLatency, self._priced(chunk))
         row = {
             "device_id": self._due.device_id, "space_key": self._due.space_key, "source": self._due.source,
             "prices": self._digest, "structures": self._done,
         }  # fmt: skip
         upsert(session, Pricing, [row])
-        return len(chunk) == CHUNK
+        return more
 
-    def _chunk(self, session: Session) -> Sequence[Any]:
-        """Ids and channels (as JSON) of the next structures that have other prices."""
-        query = select(Structure.id, cast(Structure.channels, Text)).where(
-            Structure.space_key == self._due.space_key, Structure.id > self._after, self._outdated()
+    def _next(self, session: Session) -> tuple[Sequence[Any], bool]:
+        """Ids and channels (as JSON) of the next structures that have other prices, and whether more may follow.
+
+        Where few have, they are looked for; where many have, the structures are gone through as they stand in the
+        index, and those that have these prices are left out here.
+        """
+        columns, here = (Structure.id, cast(Structure.channels, Text)), Structure.id > self._after
+        few = self._left <= CHUNK
+        query = self._outdated(*columns) if few else select(*columns).where(Structure.space_key == self._due.space_key)
+        rows = session.execute(query.where(here).order_by(Structure.id).limit(CHUNK)).all()
+        before, self._after = self._after, rows[-1][0] if rows else self._after
+        known = set() if few else set(session.scalars(self._current(before, self._after)))
+        return [row for row in rows if row[0] not in known], len(rows) == CHUNK
+
+    def _outdated(self, *columns: Any) -> Any:
+        """Structures without a latency from the prices.
+
+        A join and a comparison behind it: PostgreSQL takes "no row with these prices exists" for rare where it has no
+        statistics yet, and then compares every structure with every latency.
+        """
+        latency = and_(
+            StructureLatency.structure_id == Structure.id, StructureLatency.device_id == self._due.device_id
         )  # fmt: skip
-        return session.execute(query.order_by(Structure.id).limit(CHUNK)).all()
-
-    def _outdated(self) -> Any:
-        current = select(StructureLatency.structure_id).where(
-            StructureLatency.structure_id == Structure.id,
-            StructureLatency.device_id == self._due.device_id,
-            StructureLatency.prices == self._digest,
+        query = select(*columns).select_from(Structure).outerjoin(StructureLatency, latency)
+        return query.where(
+            Structure.space_key == self._due.space_key, StructureLatency.prices.is_distinct_from(self._digest)
         )
-        return ~current.exists()
+
+    def _current(self, after: str, last: str) -> Any:
+        """Ids in a range of those that have a latency from the prices."""
+        here = (StructureLatency.structure_id > after, StructureLatency.structure_id <= last)
+        return select(StructureLatency.structure_id).where(
+            *here, StructureLatency.device_id == self._due.device_id, StructureLatency.prices == self._digest
+        )
 
     def _priced(self, chunk: Sequence[Any]) -> dict[str, Sequence[Any]]:
         """Columns of latencies, of the structures that can be priced."""

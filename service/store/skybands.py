@@ -45,8 +45,8 @@ class Place(NamedTuple):
 
 def read(session: Session, place: Place) -> Members | None:
     """All structures that can be an answer; None where no skyband is up to date and every candidate must be read."""
-    row = session.get(Skyband, tuple(place))
-    if row is None or row.prices != _prices(session, place):
+    row = session.execute(_current(place).with_only_columns(Skyband.upto, Skyband.members)).first()
+    if row is None:
         return None
     query = _query(place).where(Candidate.id > row.upto).order_by(Candidate.id).limit(MOST_NEW + 1)
     rows = session.execute(query).all()
@@ -86,29 +86,33 @@ def advance(session: Session, place: Place, last: int) -> bool:
 
     It stops before the first whose latency is not from the device's current prices: that one would change later.
     """
-    prices = _prices(session, place)
-    here = select(Skyband).filter_by(**place._asdict()).where(Skyband.prices.is_not_distinct_from(prices))
-    upto = session.scalar(here.with_only_columns(Skyband.upto)) or 0
+    prices = session.scalar(select(_prices(place)))
+    upto = session.scalar(_current(place).with_only_columns(Skyband.upto)) or 0
     if last - upto < LEAST_NEW or (prices is None and place.cost not in COUNTS):
         return False
     query = _query(place).where(Candidate.id > upto, Candidate.id <= last).order_by(Candidate.id).limit(CHUNK)
     rows = list(takewhile(lambda one: one.prices == prices, session.execute(query)))
     if len(rows) < LEAST_NEW:
         return False
-    old = np.frombuffer(session.scalar(here.with_only_columns(Skyband.members)) or b"", MEMBER)
+    old = np.frombuffer(session.scalar(_current(place).with_only_columns(Skyband.members)) or b"", MEMBER)
     members = _skyband(_merged(old, [one for one in rows if one.cost is not None]))
     values = {"prices": prices, "upto": rows[-1].id, "members": members.tobytes()}
     upsert(session, Skyband, [{**place._asdict(), **values}])
     return len(rows) == CHUNK
 
 
-def _prices(session: Session, place: Place) -> str | None:
+def _current(place: Place) -> Any:
+    """The skyband of a place, if it is from the prices of now."""
+    return select(Skyband).filter_by(**place._asdict()).where(Skyband.prices.is_not_distinct_from(_prices(place)))
+
+
+def _prices(place: Place) -> Any:
     """Digest of the prices that a device's latencies are from now; counts have none."""
     if place.cost in COUNTS:
-        return None
+        return null()
     device_id, _ = split_latency(place.cost)
     query = select(Pricing.prices).where(Pricing.device_id == device_id, Pricing.space_key == place.space_key)
-    return session.scalar(query)
+    return query.scalar_subquery()
 
 
 def _query(place: Place) -> Any:
@@ -129,6 +133,8 @@ def _query(place: Place) -> Any:
 
 def _merged(members: Members, rows: list[Any]) -> Members:
     """Members and candidates together, each structure once."""
+    if not rows:
+        return members
     new = [(row.proxy_accuracy, row.flops, row.id, row.cost, row.structure_id) for row in rows]
     both = np.concatenate([members, np.array(new, MEMBER)])
     both = both[np.lexsort((both["found"], both["flops"], -both["accuracy"]))]

@@ -138,12 +138,11 @@ def _front(session: Session, place: Place) -> Iterator[Point]:
 
 
 def _front_of(members: Members) -> Iterator[Point]:
-    last = float("inf")
-    ordered = members[np.lexsort((members["flops"], members["cost"], -members["accuracy"]))]
-    for accuracy, _, found, cost, structure_id in ordered.tolist():
-        if cost < last:
-            last = cost
-            yield Point(accuracy, cost, found, structure_id.decode())
+    """Those that cost less than all that are better; of equally good ones the cheapest comes first."""
+    ordered = members[np.lexsort((members["found"], members["flops"], members["cost"], -members["accuracy"]))]
+    cheapest = np.minimum.accumulate(np.concatenate([[np.inf], ordered["cost"]]))[:-1]
+    for accuracy, _, found, cost, structure_id in ordered[ordered["cost"] < cheapest].tolist():
+        yield Point(accuracy, cost, found, structure_id.decode())
 
 
 def _walk_front(session: Session, place: Place) -> Iterator[Point]:

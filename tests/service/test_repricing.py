@@ -195,3 +195,27 @@ def begin() -> Any:
     with snapshot() as session:
         [due] = repricing.due(session)
         return repricing.Walk(session, due)
+
+
+def test_a_walk_that_ran_out_of_time_goes_on_and_one_that_failed_begins_anew(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repricing, "CHUNK", 5)
+    find()
+    device_id = arrive("late", table())
+    walks: dict[repricing.Due, repricing.Walk] = {}
+    assert not reconciler.reprice(-1.0, threading.Event(), walks)
+    [walk] = walks.values()
+    with transaction() as session:
+        assert walk.step(session)
+
+    def fail(session: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(walk, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        reconciler.reprice(60.0, threading.Event(), walks)
+    assert walks == {}, "what a failed step has done is not known"
+    assert reconciler.reprice(60.0, threading.Event(), walks)
+    assert latencies(device_id) == expected(table())
+    assert walks == {}
