@@ -6,9 +6,9 @@ programme that one iteration of SQP solves. Its optimum is rounded to the p larg
 and then channels are swapped one for one while that lowers the loss.
 
 The programme is solved by PIQP, an interior-point method. `benchmarks/quadratic.py` compares: for 16 to 512 channels it
-takes 0.2 to 60 ms and 7 to 12 iterations; accelerated projected gradient 3 to 76 ms and 80 to 670 iterations; OSQP and
-Clarabel 2 to 10 times as long as PIQP; DAQP is as fast up to 256 channels and half as fast at 512; SciPy's SLSQP takes
-half a second for 128. All find the same optimum. Letters: c channels.
+takes 0.1 to 57 ms and 7 to 12 iterations; accelerated projected gradient 3 to 72 ms and 80 to 670 iterations; OSQP and
+Clarabel 2 to 16 times as long as PIQP; DAQP is as fast up to 256 channels and half as fast at 512; SciPy's SLSQP takes
+0.4 s for 128. All find the same optimum. Letters: c channels.
 """
 
 from collections.abc import Sequence
