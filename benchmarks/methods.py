@@ -75,10 +75,13 @@ def _magnitude() -> Cell:
         "space": "lenet_300_100", "image_size": 8, "dataset": "digits", "effort": "quick", "method": "magnitude",
         "dense": dense | {"label_smoothing": 0.0},
     }  # fmt: skip
-    rounds = {"rounds": 5, "retraining_epochs": 20}
+    rounds = {"rounds": 5, "retraining_epochs": 40, "retraining_rate": 1.0}
     variants = {
         "in rounds": {"constraints": _weights(space, 1 / 12), "magnitude": rounds},
-        "at once": {"constraints": _weights(space, 1 / 12), "magnitude": {"rounds": 1, "retraining_epochs": 100}},
+        "at once": {
+            "constraints": _weights(space, 1 / 12),
+            "magnitude": rounds | {"rounds": 1, "retraining_epochs": 200},
+        },
     }
     for penalty in ("l1", "l2"):
         for epochs in (0, 20):
