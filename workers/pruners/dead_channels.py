@@ -21,7 +21,8 @@ from torch import Tensor
 from latency_profiler.layers import Op
 from latency_profiler.spaces.space import IMAGE, WEIGHTED, Slot, Space, Unit
 from workers.networks import PlainNetwork, activate, fold
-from workers.pruners.masks import Masks, clear, kept
+from workers.pruners.masks import Masks, clear, kept, prunable
+from workers.pruners.surgery import shrink
 
 NOT_CONSTANT = math.nan
 Offsets = dict[str, Tensor]
@@ -51,6 +52,17 @@ def remove(network: PlainNetwork, masks: Masks) -> int:
 def without(network: PlainNetwork, masks: Masks) -> Masks:
     """What `remove` would leave of masks; nothing is changed."""
     return _without(network, masks)[0]
+
+
+@torch.no_grad()
+def shrunk(network: PlainNetwork, masks: Masks) -> tuple[PlainNetwork, Masks]:
+    """Both without the channels that nobody reads; to be called after `remove`."""
+    alive = living(network.space, masks)
+    marked = PlainNetwork(network.space, network.channels).to(next(network.parameters()).device)
+    for name, weight in prunable(marked).items():
+        weight.copy_(masks[name])
+    cut = prunable(shrink(marked, alive))
+    return shrink(network, alive), {name: weight != 0 for name, weight in cut.items()}
 
 
 def living(space: Space, masks: Masks) -> dict[int, Tensor]:

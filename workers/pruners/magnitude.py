@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latency_profiler.errors import BudgetMissed, InvalidInput, LayerEmptied
-from latency_profiler.spaces.space import WEIGHTED, Space
+from latency_profiler.errors import BudgetMissed, LayerEmptied
+from latency_profiler.spaces.space import Space
 from workers.datasets import Data
 from workers.evaluation import evaluate
 from workers.evaluation import kept as held
 from workers.networks import PlainNetwork
 from workers.parallel import ALONE, Team
-from workers.pruners import activity, dead_channels, dropout, goals, sensitivity, surgery
+from workers.pruners import activity, dead_channels, dropout, goals, sensitivity
 from workers.pruners import masks as m
 from workers.pruners.descent import Group, MaskedDescent, in_group
 from workers.pruners.judgement import Judgement
-from workers.pruners.schedule import MagnitudeSettings, Scan, Stage, stages
+from workers.pruners.schedule import MagnitudeSettings, Scan, Stage, check_names, stages
 from workers.training import Trainer, TrainingSettings
 
 ROUNDING = 1e-9
@@ -77,7 +77,7 @@ class MagnitudePruner(Trainer):
         self._initial: dict[str, float] = {}
         self._notes: list[str] = []
         self._rates: dict[int, float] = {}
-        _check(space, settings)
+        check_names(space, settings)
         groups: list[Group] = ["fc", "conv"] if settings.alternate and len(self.network.convs) else ["all"]
         self._groups = groups
         dense = 0 if start is not None else self.steps * settings.training.epochs
@@ -116,7 +116,7 @@ class MagnitudePruner(Trainer):
             prices = goals.price(budget.metric, self.network.nodes, self._best_masks)
             if (reached := m.cost(self._best_masks, prices)) > budget.maximum:
                 raise BudgetMissed(budget.metric, budget.maximum, reached)
-        return shrunk(self._with(self._best), self._best_masks)
+        return Outcome(*dead_channels.shrunk(self._with(self._best), self._best_masks))
 
     def state(self) -> dict[str, Tensor]:
         """The network, its masks, both as they were dense and at their best, the optimiser's memory, running sums."""
@@ -222,22 +222,26 @@ class MagnitudePruner(Trainer):
 
     def _prune(self, stage: Stage, tick: int) -> None:
         """One group; those that were pruned before in this round keep their masks."""
-        weights, deviations, qualities = m.prunable(self.network), self._deviations(), self._qualities()
-        turn = self._groups.index(stage.group)
-        late = [name for name in weights for group in self._groups[turn:] if in_group(self.network, name, group)]
-        at = goals.Round(
-            stage.round, self.pruning.rounds, self.network.nodes, self.masks, {name: weights[name] for name in late},
-            {name: qualities[name] * deviations[name] for name in late},
-            lambda masks: dead_channels.without(self.network, masks),
-        )  # fmt: skip
-        thresholds = goals.thresholds(self.pruning.goal, at)
+        deviations, first = self._deviations(), stage.group == self._groups[0]
+        thresholds = goals.thresholds(self.pruning.goal, self._round(stage, deviations))
         now = {name: t for name, t in thresholds.items() if in_group(self.network, name, stage.group)}
-        self.masks = m.pruned(weights, self.masks, now)
+        self.masks = m.pruned(m.prunable(self.network), self.masks, now)
         m.clear(self.network, self.masks)
         dead = dead_channels.remove(self.network, self.masks)
-        self._notes = self._notes if turn else []
+        self._notes = [] if first else self._notes
         self._notes += [*self._named_qualities(now, deviations), f"{dead} weights of dead channels"]
         self._notes.append(f"accuracy {self._accuracy(self.network):.4f} before retraining")
+
+    def _round(self, stage: Stage, deviations: Mapping[str, float]) -> goals.Round:
+        """The group's layers and those of later groups are open."""
+        weights, qualities = m.prunable(self.network), self._qualities()
+        later = self._groups[self._groups.index(stage.group) :]
+        names = [name for name in weights if any(in_group(self.network, name, group) for group in later)]
+        return goals.Round(
+            stage.round, self.pruning.rounds, self.network.nodes, self.masks, {name: weights[name] for name in names},
+            {name: qualities[name] * deviations[name] for name in names},
+            lambda masks: dead_channels.without(self.network, masks),
+        )  # fmt: skip
 
     def _deviations(self) -> dict[str, float]:
         weights = m.prunable(self.network)
@@ -296,22 +300,3 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _copy(tensors: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         to[name].copy_(tensor.detach())
-
-
-def shrunk(network: PlainNetwork, masks: m.Masks) -> Outcome:
-    """Without the channels that nobody reads."""
-    living = dead_channels.living(network.space, masks)
-    marked = PlainNetwork(network.space, network.channels).to(next(network.parameters()).device)
-    for name, weight in m.prunable(marked).items():
-        weight.copy_(masks[name])
-    cut = m.prunable(surgery.shrink(marked, living))
-    return Outcome(surgery.shrink(network, living), {name: weight != 0 for name, weight in cut.items()})
-
-
-def _check(space: Space, settings: MagnitudeSettings) -> None:
-    """Layers that settings name exist."""
-    named: set[str] = set(settings.qualities) if isinstance(settings.qualities, Mapping) else set()
-    named |= set(settings.goal.layers) if isinstance(settings.goal, goals.Densities) else set()
-    known = [unit.name for unit in space.units if unit.op in WEIGHTED]
-    if unknown := sorted(named - set(known)):
-        raise InvalidInput(f"{space.name} has no layer {unknown[0]!r} to prune; it has {', '.join(known)}")

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from latency_profiler.errors import InvalidInput
+from latency_profiler.spaces.space import WEIGHTED, Space
 from workers.pruners.descent import Group, Optimiser, Penalty
-from workers.pruners.goals import Goal
+from workers.pruners.goals import Densities, Goal
 from workers.pruners.masks import StdOver
 from workers.training import TrainingSettings
 
@@ -100,3 +102,12 @@ def stages(settings: MagnitudeSettings, dense: int, steps: int, layers: int, gro
             found.append(Stage(kind, number, group, ticks, begins, iterations))
         begins, iterations = begins + ticks, iterations + (ticks if kind == "train" else 0)
     return found
+
+
+def check_names(space: Space, settings: MagnitudeSettings) -> None:
+    """Raises `InvalidInput` where settings name a layer that the space does not have."""
+    named: set[str] = set(settings.qualities) if isinstance(settings.qualities, Mapping) else set()
+    named |= set(settings.goal.layers) if isinstance(settings.goal, Densities) else set()
+    known = [unit.name for unit in space.units if unit.op in WEIGHTED]
+    if unknown := sorted(named - set(known)):
+        raise InvalidInput(f"{space.name} has no layer {unknown[0]!r} to prune; it has {', '.join(known)}")
