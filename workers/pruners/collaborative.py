@@ -69,8 +69,7 @@ class CollaborativePruner:
     ) -> None:  # fmt: skip
         self._data, self._budget, self._settings, self._seed, self._device = data, budget, settings, seed, device
         self._trained, self._network = network.channels, shrink(network, {}).to(device).eval()
-        heads = Heads.spread(network, settings.auxiliaries, seed).to(device) if settings.auxiliaries else None
-        self._heads = heads
+        self._heads = Heads.spread(network, settings.auxiliaries, seed).to(device) if settings.auxiliaries else None
         slots = prunable(network.space, settings.shortcuts)
         self._widths = Widths(budget, network.channels, slots, settings.floor, settings.widths == "choices")
         self._images = data.sub_training.sample(0 if settings.ranking == "l1" else settings.images, seed)
@@ -158,11 +157,10 @@ class CollaborativePruner:
                 self._device, heads, settings.auxiliary_weight,
             )  # fmt: skip
         data, training, frozen = self._training(step)
+        network, rest = self._network, (data, training, self._seed, self._device)
         if heads is not None:
-            weight = settings.auxiliary_weight
-            return SupervisedTrainer(self._network, heads, data, training, self._seed, self._device, weight, frozen)
-        space, channels, start = self._network.space, self._network.channels, self._network.state_dict()
-        return ScratchTrainer(space, channels, data, training, self._seed, self._device, start=start)
+            return SupervisedTrainer(network, heads, *rest, settings.auxiliary_weight, frozen)
+        return ScratchTrainer(network.space, network.channels, *rest, start=network.state_dict())
 
     def _training(self, step: Step) -> tuple[Data, TrainingSettings, bool]:
         """Images and settings of a stage that trains, and whether the network is frozen in it."""
@@ -231,10 +229,8 @@ class CollaborativePruner:
         score = evaluate(self._network, self._data.sub_validation, self._device)
         space, channels = self._network.space, self._network.channels
         now, before = space.layers(channels), space.layers(self._trained)
-        kept, dense = parameters(now), parameters(before)
-        self.judged.append(
-            Judgement(len(self.judged), channels, kept, dense, flops(now), score.accuracy, score.loss, note)
-        )
+        costs = parameters(now), parameters(before), flops(now)
+        self.judged.append(Judgement(len(self.judged), channels, *costs, score.accuracy, score.loss, note))
 
 
 class _Asked:
