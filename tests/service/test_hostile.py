@@ -50,9 +50,13 @@ OWN: dict[str, Schema] = {
     "/v1/devices/{device}/measurements": {"fingerprint": "0" * 64},
     "/v1/devices/{device}/lookup-table": {"networks": []},
     "/v1/jobs": {
-        "measure_on": [], "training": {"band": [0.5, 1.5], "weight_decay": 0.001},
-        "search": {"recalibration_images": 100}, "compare_with": [], "start": None,
-        "collaborative": {"images": 100, "ratios": None}, "magnitude": {"scan": False, "qualities": {}},
+        "measure_on": [],
+        "training": {"band": [0.5, 1.5], "weight_decay": 0.001},
+        "search": {"recalibration_images": 100},
+        "compare_with": [],
+        "start": None,
+        "collaborative": {"images": 100, "ratios": None},
+        "magnitude": {"scan": False, "qualities": {}},
     },
 }
 """Right values that the description cannot tell."""
