@@ -52,7 +52,9 @@ def causes(space: Space, seed: int, strength: Floats) -> dict[int, Quadratic]:
     return found
 
 
-CASES = [*product(SPACES, (Metric.FLOPS, Metric.PARAMETERS)), ("mobilenet_v1", Metric.LATENCY)]
+DEEP = [name for name in SPACES if not name.startswith("lenet")]
+"""With the few widths of a LeNet, a budget is not shared evenly to within a channel."""
+CASES = [*product(DEEP, (Metric.FLOPS, Metric.PARAMETERS)), ("mobilenet_v1", Metric.LATENCY)]
 
 
 @pytest.mark.parametrize("grid", [False, True])
