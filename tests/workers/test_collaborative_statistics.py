@@ -53,9 +53,8 @@ def made(name: str, width: float, size: int = 8, images: int = 12, classes: int 
 def statistics(
     network: PlainNetwork, few: Few, expansion: Expansion = Expansion(), heads: Heads | None = None, weight: float = 1.0
 ) -> dict[int, Quadratic]:  # fmt: skip
-    gathering = ChannelStatistics(
-        network, few, 5, range(len(network.space.genes)), expansion, 0, CPU, heads, weight
-    )  # fmt: skip
+    slots, batch = range(len(network.space.genes)), len(few) if expansion.gate == "centred" else 5
+    gathering = ChannelStatistics(network, few, batch, slots, expansion, 0, CPU, heads, weight)
     gathering.advance(lambda: False)
     return gathering.quadratics()
 
@@ -95,7 +94,7 @@ def test_gates_of_weights_give_what_autograd_gives_image_by_image(name: str, wid
         assert np.abs(found[slot].u).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["activation", "weight"])
+@pytest.mark.parametrize("kind", ["activation", "weight", "centred"])
 @pytest.mark.parametrize(("name", "width"), [("vgg16", 0.05), ("resnet20", 0.25), ("mobilenet_v1", 0.1)])
 def test_u_is_the_derivative_of_the_mean_loss_by_shared_gates(name: str, width: float, kind: Gate) -> None:
     """Invariant 1, of all slots of one pass, those that shortcuts and depthwise layers share too."""
@@ -248,7 +247,7 @@ def test_a_slot_is_judged_by_the_first_head_behind_it_too() -> None:
     found = statistics(network, few, heads=heads)
     alone = statistics(network, few)
     gates = {i: torch.ones(1, c, dtype=torch.float64, requires_grad=True) for i, c in enumerate(network.channels)}
-    _, *others = outputs(network, heads, few.images, gated(network, gates, "activation"), gates)
+    _, *others = outputs(network, heads, few.images, gates, "activation")
     losses = [functional.cross_entropy(one, few.labels) for one in others]
     heard = set()
     for slot, quadratic in found.items():

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latency_profiler.cost import flops, parameters
 from latency_profiler.errors import InvalidChannels
+from latency_profiler.layers import Op
 from latency_profiler.spaces.registry import get_space
 from workers.networks import PlainNetwork, run
 from workers.pruners.gates import gated
@@ -97,6 +98,25 @@ def test_indices_must_be_channels_in_order(wrong: list[int]) -> None:
     network = trained("resnet20", 8, 0.5)
     with pytest.raises(InvalidChannels, match="stage1"):
         shrink(network, {0: torch.tensor(wrong, dtype=torch.int64)})
+
+
+@torch.no_grad()
+def test_centred_gates_are_removal_with_batch_norms_that_take_the_mean_off() -> None:
+    """Exactly where 1x1 convolutions read: their norms' means lose what the removed channels' means gave."""
+    network = trained("mobilenet_v1", 16, 0.25)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    slot = 5
+    kept = {slot: some(network, 1)[slot]}
+    gone = torch.tensor([i for i in range(network.channels[slot]) if i not in kept[slot]])
+    reader = next(i for i, u in enumerate(network.space.units) if u.source.index == slot and u.op is Op.CONV)
+    read: list[Tensor] = []
+    run(network.nodes, images, lambda i, x: (read.append(x) if i == reader else None, network.compute(i, x))[1])
+    means = network.weight(reader)[:, gone, 0, 0] @ read[0].mean((0, 2, 3))[gone]
+    smaller = shrink(network, kept)
+    smaller.norms[str(reader)].running_mean -= means
+    masked = run(network.nodes, images, gated(network, masks(network, kept), "centred"))
+    assert len(gone)
+    assert torch.allclose(smaller(images), masked, rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ The publication names neither their form nor their places. Here a head is the me
 the heads stand at *joints*: nodes whose map is all that later nodes see of the image.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from latency_profiler.spaces.space import Space
 from workers.datasets import Data, generator
 from workers.networks import PlainNetwork, bare, run
 from workers.parallel import ALONE, Team
-from workers.pruners.gates import of, passed
+from workers.pruners.gates import Gate, gated, of, passed
 from workers.sgd import Momentum, Rule
 from workers.training import ScratchTrainer, TrainingSettings
 
@@ -67,9 +67,9 @@ class Heads(nn.Module):
         first = min(i for i, unit in enumerate(self.space.units) if unit.target.index == slot)
         return next((k for k, node in enumerate(self.nodes) if node >= first), None)
 
-    def forward(self, maps: Mapping[int, Tensor], gates: Mapping[int, Tensor]) -> list[Tensor]:
-        """Logits (b, classes) of every head, for the maps (b, c, s, s) at its node, read through activation gates."""
-        read = {i: passed(maps[i], self.space.units[i].target, gates) for i in self.nodes}
+    def forward(self, maps: Mapping[int, Tensor], gates: Mapping[int, Tensor], kind: Gate) -> list[Tensor]:
+        """Logits (b, classes) of every head, for the maps (b, c, s, s) at its node, read as other dense layers do."""
+        read = {i: passed(maps[i], self.space.units[i].target, gates, kind) for i in self.nodes}
         logits: list[Tensor] = [self.linear(i)(read[i].mean((2, 3))) for i in self.nodes]
         return logits
 
@@ -85,14 +85,10 @@ class Heads(nn.Module):
 
 
 def outputs(
-    network: PlainNetwork, heads: Heads | None, images: Tensor, apply: Callable[[int, Tensor], Tensor],
-    gates: Mapping[int, Tensor],
+    network: PlainNetwork, heads: Heads | None, images: Tensor, gates: Mapping[int, Tensor], kind: Gate
 ) -> list[Tensor]:  # fmt: skip
-    """Logits (b, classes) of a network computed by `apply`, and of its heads.
-
-    Args:
-        gates: activation gates that the heads read through.
-    """
+    """Logits (b, classes) of a network with gates, and of its heads."""
+    apply = gated(network, gates, kind)
     maps: dict[int, Tensor] = {}
     wanted = () if heads is None else heads.nodes
 
@@ -102,7 +98,7 @@ def outputs(
         return apply(i, x)
 
     logits = run(network.nodes, images, watched)
-    return [logits] if heads is None else [logits, *heads(maps, gates)]
+    return [logits] if heads is None else [logits, *heads(maps, gates, kind)]
 
 
 class SupervisedTrainer(ScratchTrainer):
@@ -132,7 +128,7 @@ class SupervisedTrainer(ScratchTrainer):
     def _update(self, images: Tensor, labels: Tensor, rate: float, step: int) -> None:
         self.network.train(not self._frozen)
         with self._autocast(), self._team.synchronised():
-            logits, *others = outputs(self.network, self.heads, images, self.network.compute, {})
+            logits, *others = outputs(self.network, self.heads, images, {}, "activation")
         loss = self._loss(logits, labels) + len(labels) / self._batch * self._weight * self._others(others, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         self._clip([*self._sgd.parameters, *self._heads_sgd.parameters])

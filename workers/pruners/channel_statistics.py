@@ -27,7 +27,7 @@ from workers.evaluation import Images
 from workers.networks import PlainNetwork
 from workers.placement import place
 from workers.pruners.auxiliary import Heads, outputs
-from workers.pruners.gates import DENSE, Gate, gated
+from workers.pruners.gates import DENSE, Gate
 from workers.pruners.quadratic import Quadratic
 
 Curvature = Literal["fisher", "gauss_newton", "monte_carlo"]
@@ -116,9 +116,8 @@ class ChannelStatistics:
 
     def _parts(self, images: Tensor, gates: dict[int, Tensor]) -> list[tuple[Tensor, list[int], float]]:
         """Outputs (b, k) whose losses are expanded, the slots that they are expanded for, and their weights."""
-        kind, heads = self._expansion.gate, self._heads
-        read = gates if kind == "activation" else {}
-        logits, *others = outputs(self._network, heads, images, gated(self._network, gates, kind), read)
+        heads = self._heads
+        logits, *others = outputs(self._network, heads, images, gates, self._expansion.gate)
         parts = [(logits, list(gates), 1.0)]
         for k, one in enumerate(others):
             assert heads is not None

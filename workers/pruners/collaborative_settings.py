@@ -26,7 +26,8 @@ class CollaborativeSettings:
     curvature: Curvature = "fisher"
     """How S approximates the Hessian. The empirical Fisher matrix is the publication's likely choice."""
     gate: Gate = "activation"
-    """Where channels are cut; `weight` is the publication's, `activation` is what removal does (see `gates`)."""
+    """Where channels are cut (see `gates`): `weight` is the publication's, `activation` is what removal does, `centred`
+    is what is left of that after `recalibration_images` or training."""
     allocation: Literal["layerwise", "global"] = "layerwise"
     """How the budget is shared: by ratios, as published, or by one problem over all slots."""
     ratios: tuple[float, ...] | None = None
@@ -43,7 +44,7 @@ class CollaborativeSettings:
     images: int = 2048
     """Of the sub-training set, for the statistics. No source: S has no higher rank than this."""
     batch_size: int = 128
-    """Of the statistics; it changes nothing but speed."""
+    """Of the statistics; it changes nothing but speed, and the means of centred gates."""
     recalibration_images: int = 512
     """Of the sub-training set, on which batch norms are measured anew after every pruning round; 0 leaves them.
     Fine-tuning normalises by its batches from the first step on, so channels that only make up for old statistics are
