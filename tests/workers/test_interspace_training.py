@@ -262,6 +262,20 @@ def test_a_bound_on_sparse_flops_is_obeyed(method: Method, data: Data) -> None:
     assert 0.9 * bound < made.judged[-1].sparse_flops <= bound
 
 
+def test_bases_may_move_at_a_rate_of_their_own(data: Data) -> None:
+    def moved(rate: float) -> tuple[Tensor, Tensor]:
+        options = InterspaceSettings("random", Bases("coarse", rate=rate))
+        unclipped = replace(TRAINING, clip_norm=None)
+        made = InterspaceTrainer(SPACE, CHANNELS, data, unclipped, options, Allowance.at_rate(NODES, RATE), 7, CPU)
+        made.advance(after(2))
+        return made.network.bases["all_3x3"].detach() - torch.eye(9), made.network.prunable()["0"].detach()
+
+    (whole, ours), (part, theirs) = moved(1.0), moved(0.25)
+    assert whole.abs().max() > 1e-4
+    assert torch.allclose(part, 0.25 * whole, rtol=1e-3, atol=1e-7)
+    assert torch.equal(ours, theirs)
+
+
 def test_the_whole_training_set_may_be_trained_on(data: Data) -> None:
     part, whole = trainer(data, "random"), trainer(data, "random", whole=True)
     assert (len(part.batches), len(whole.batches)) == (200, 240)

@@ -39,6 +39,8 @@ class Bases:
     distribution. The paper's choice is not known; chosen here."""
     trained: bool = True
     """Whether bases are trained, as in the paper; otherwise they stay as they began."""
+    rate: float = 1.0
+    """Learning rate of the bases over that of all else. No source: chosen here."""
     decayed: bool = False
     """Whether bases have weight decay. No source: F D and D^-1 lambda are the same filters, so one side has it."""
 

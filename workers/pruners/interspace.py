@@ -132,6 +132,9 @@ class InterspaceTrainer(Trainer):
         for name, parameter in self._theta.items():
             assert parameter.grad is not None
             parameter.grad.masked_fill_(~self.masks[name], 0.0)
+        for basis in self.network.bases.values():
+            if basis.grad is not None:
+                basis.grad.mul_(self.options.bases.rate)
         self._clip(self._sgd.parameters)
         self._sgd.step(Rule(rate, self.settings.momentum, self.settings.weight_decay))
 
