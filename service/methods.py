@@ -25,7 +25,7 @@ class CollaborativeSpec(Model):
     ranking: Literal["collaborative", "diagonal", "l1"] = "collaborative"
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
     curvature: Literal["fisher", "gauss_newton", "monte_carlo"] = "fisher"
-    gate: Literal["weight", "activation"] = "activation"
+    gate: Literal["weight", "activation", "centred"] = "activation"
     allocation: Literal["layerwise", "global"] = "layerwise"
     ratios: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=500)] | None = None
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -34,6 +34,7 @@ class CollaborativeSpec(Model):
     order: Literal["one_shot", "sequential"] = "one_shot"
     images: Annotated[int, Field(ge=16, le=1_000_000)] = 2048
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 128
+    recalibration_images: Annotated[int, Field(ge=0, le=1_000_000)] = 512
     auxiliaries: Annotated[int, Field(ge=0, le=20)] = 0
     auxiliary_weight: Annotated[float, Field(gt=0, le=10)] = 0.3
     auxiliary_epochs: Epochs = 1
@@ -89,6 +90,8 @@ class InterspaceSpec(Model):
     first: bool = True
     initialisation: Literal["standard", "orthonormal"] = "standard"
     trained: bool = True
+    rate: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Learning rate of the bases over that of all else."""
     decayed: bool = False
     snip_images: Images = 100
     snip_second_start: bool = True

@@ -162,5 +162,6 @@ def test_defaults_are_those_of_the_algorithms(database: str) -> None:
     for spec, settings in pairs:
         named = {name for name in type(settings).__slots__ if name in type(spec).model_fields}
         named -= {"fine_tuning", "qualities"}
+        assert set(type(settings).__slots__) - set(type(spec).model_fields) <= {"training", "goal", "method", "bases"}
         assert len(named) >= 4
         assert {name: getattr(spec, name) for name in named} == {name: getattr(settings, name) for name in named}
