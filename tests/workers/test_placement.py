@@ -149,7 +149,7 @@ def test_a_step_stays_on_its_device_and_the_host_never_waits(
     assert {tensor.device.type for tensor in trainer.state().values()} == {"meta"}
     trainer.network.train()
     batches = data.training if name == "scratch" else data.sub_training
-    batches._normalise = batches._normalise.on(META)  # as `prepare` does for its device
+    monkeypatch.setattr(batches, "_normalise", batches._normalise.on(META))  # as `prepare` does for its device
     placed: list[torch.Size] = []
 
     def counted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
