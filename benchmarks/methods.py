@@ -103,8 +103,8 @@ def _collaborative() -> Cell:
         "collaborative": {}, "diagonal": {"ranking": "diagonal"}, "l1": {"ranking": "l1"},
         "auxiliary": {"auxiliaries": 2}, "global": {"allocation": "global"}, "sequential": {"order": "sequential"},
     }  # fmt: skip
-    fine_tuning = {"epochs": 4, "learning_rate": 0.03}
-    return Cell(common, {name: {"collaborative": one | {"fine_tuning": fine_tuning}} for name, one in settings.items()})
+    shared = {"gate": "centred", "curvature": "gauss_newton", "fine_tuning": {"epochs": 4, "learning_rate": 0.03}}
+    return Cell(common, {name: {"collaborative": shared | one} for name, one in settings.items()})
 
 
 def _interspace() -> Cell:

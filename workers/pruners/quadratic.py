@@ -20,6 +20,8 @@ import numpy.typing as npt
 import piqp
 from scipy import sparse
 
+from latency_profiler.errors import SecateursError
+
 Floats = npt.NDArray[np.float64]
 TOLERANCE = 1e-9
 """Of the programme, scaled so that its largest coefficient is 1."""
@@ -27,6 +29,10 @@ DECIMALS = 7
 """Entries of an optimum that differ by less are ties: the solver is not more exact."""
 SLACK = 1e-12
 """A swap must gain more than this share of the largest coefficient, so that rounding errors swap nothing."""
+
+
+class Unsolved(SecateursError):
+    """The solver found no optimum; the statistics are not those of a network that has learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,7 @@ def relax(parts: Sequence[Quadratic], costs: Floats, total: float) -> Relaxed:
         costs: positive, of every channel of all parts.
 
     Raises:
-        ArithmeticError: the solver gave up.
+        Unsolved: the solver gave up.
     """
     ones = np.ones(len(costs))
     if total >= costs.sum():
@@ -114,7 +120,7 @@ def relax(parts: Sequence[Quadratic], costs: Floats, total: float) -> Relaxed:
         s, u / scale - s @ ones, row if len(parts) == 1 else sparse.csc_matrix(row), ones[:1], x_l=0 * ones, x_u=ones
     )
     if (status := solver.solve()) != piqp.PIQP_SOLVED:
-        raise ArithmeticError(f"the quadratic programme of {len(u)} channels was not solved: {status}")
+        raise Unsolved(f"the quadratic programme of {len(u)} channels was not solved: {status}")
     kept = np.clip(solver.result.x, 0.0, 1.0)
     gradient = np.concatenate([part.gradient(one) for part, one in zip(parts, split(kept, parts), strict=True)])
     return Relaxed(kept, solver.result.info.iter, frank_wolfe_gap(gradient, kept, costs, total))
