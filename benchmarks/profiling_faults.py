@@ -143,24 +143,41 @@ class _Call(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def faults(kills: int = 50, restarts: int = 10, profile: Json | None = None, seed: int = 0) -> Json:
-    """Disturb a profile so many times; what was hit, and how the table differs from an undisturbed one's."""
-    draw, asked, began = random.Random(seed), profile or PROFILE, time.monotonic()
+Aims = Sequence[str | None]
+"""Where agents are killed, one after the other: in a phase, or (None) at a random time."""
+
+
+def aims(kills: int, draw: random.Random) -> Aims:
+    """Half of them at random times, the others spread over the phases that are too short for that."""
+    found = [PLACED[at // 2 % len(PLACED)] if at % 2 else None for at in range(kills)]
+    draw.shuffle(found)
+    return found
+
+
+def faults(aims: Aims, restarts: int, draw: random.Random, profile: Json = PROFILE) -> Json:
+    """Disturb a profile; what was hit, and how the table differs from an undisturbed one's.
+
+    Args:
+        aims: of the kills.
+        restarts: of the service, each in a round that also has a kill.
+        draw: all that is random here.
+        profile: what is asked for.
+    """
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="secateurs-faults-") as folder:
         with _service(Path(folder) / "calm") as calm:
-            expected = _finish(calm, _token(calm, asked), Path(folder) / "calm-spool", calm.url)
+            expected = _finish(calm, _token(calm, profile), Path(folder) / "calm-spool", calm.url)
         with _service(Path(folder) / "rough") as rough:
-            token, spool = _token(rough, asked), Path(folder) / "rough-spool"
+            token, spool = _token(rough, profile), Path(folder) / "rough-spool"
             relay, hit = Relay(rough), Counter[str]()
             address = f"http://127.0.0.1:{relay.server_port}"
-            aims = [PLACED[at // 2 % len(PLACED)] if at % 2 else None for at in range(kills)]
-            draw.shuffle(aims)
-            restarted = set(draw.sample(range(kills), restarts))
+            restarted = set(draw.sample(range(len(aims)), restarts))
             for at, aim in enumerate(aims):
-                hit[_round(relay, token, spool, address, aim, draw, at in restarted)] += 1
+                moments = [draw.uniform(0, LATEST) for _ in range(2)]
+                hit[_round(relay, token, spool, address, aim, moments, at in restarted)] += 1
             found = _finish(rough, token, spool, address)
     return {
-        "name": "profiling_faults", "kills": kills, "restarts": restarts, "entries": len(expected["keys"]),
+        "name": "profiling_faults", "kills": len(aims), "restarts": restarts, "entries": len(expected["keys"]),
         "hit": {phase: hit[phase] for phase in PHASES}, "missing": sorted(expected["keys"] - found["keys"])[:SHOWN],
         "unexpected": sorted(found["keys"] - expected["keys"])[:SHOWN], "twice": found["twice"][:SHOWN],
         "failed": found["failed"], "minutes": (time.monotonic() - began) / 60,
@@ -175,17 +192,17 @@ def sound(result: Json) -> bool:
 
 
 def _round(
-    relay: Relay, token: str, spool: Path, address: str, aim: str | None, draw: random.Random, restart: bool
+    relay: Relay, token: str, spool: Path, address: str, aim: str | None, moments: Sequence[float], restart: bool
 ) -> str:
     """Start an agent, kill it, and return where it was."""
     relay.phase, relay.aim = STARTING, aim
     relay.victim = agent = _agent(token, spool, address)
     if restart:
-        time.sleep(draw.uniform(0, LATEST))
+        time.sleep(moments[0])
         relay.service.kill()
         relay.service.start()
     if aim is None:
-        time.sleep(draw.uniform(0, LATEST))
+        time.sleep(moments[1])
         phase = relay.phase
         agent.kill()
     else:
@@ -277,7 +294,8 @@ def _free_port() -> int:
 def main(arguments: Sequence[str]) -> int:
     """Kills and restarts may be given, as in `20 4`."""
     kills, restarts = map(int, arguments) if arguments else (50, 10)
-    result = faults(kills, restarts)
+    draw = random.Random(0)
+    result = faults(aims(kills, draw), restarts, draw)
     print(json.dumps(result))
     return 0 if sound(result) else 1
 
