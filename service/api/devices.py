@@ -158,7 +158,8 @@ class ProfileRequest(Model):
     width: Annotated[float, Field(ge=WIDTHS[0], le=WIDTHS[1])] = 1.0
     classes: Annotated[int, Field(ge=CLASSES[0], le=CLASSES[1])] = 1000
     last_layer: Literal["free", "fixed"] = "free"
-    mode: Literal["full", "sampled"] = "sampled"
+    mode: measurements.Mode = "sampled"
+    """`on-demand` measures nothing before a job needs the space, and then so many points."""
     points: Annotated[int, Field(ge=3, le=31)] = measurements.SAMPLED
     """Widths per slot of a sampled profile; the rest is interpolated."""
     again: bool = False

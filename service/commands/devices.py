@@ -118,6 +118,9 @@ def profile(
         int | None, typer.Option(min=3, max=31, help="Widths per slot; the rest is interpolated.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Measure every choice.")] = False,
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="Measure nothing before a job needs the space.")
+    ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Measure all that the device's table holds anew, into a new table.")
     ] = False,
@@ -130,7 +133,8 @@ def profile(
         space=space, image_size=image_size, width=width, classes=classes, points=points, last_layer=last_layer
     )
     with connect(server, key) as client:
-        more = ({"mode": "full"} if full else {}) | ({"again": True} if again else {})
+        mode = "full" if full else "on-demand" if on_demand else None
+        more = given(mode=mode) | ({"again": True} if again else {})
         answer = client.profile(device, request | more)
     tables.show_json(answer) if as_json else tables.show_facts(out, answer)
 

@@ -207,6 +207,12 @@ def finish(session: Session, claim: Claim, state: JobState, **changes: Any) -> N
     _end(session, claim.job_id, JobState.CANCELLED if cancelled else state)
 
 
+def waiting_for(session: Session, device_name: str) -> set[str]:
+    """Keys of the spaces of jobs that cannot begin before a device has measured them."""
+    waiting = session.execute(select(Job.space_key, Job.spec).where(Job.state == JobState.PROFILING))
+    return {key for key, spec in waiting if any(one.get("device") == device_name for one in spec["constraints"])}
+
+
 def wake(session: Session, states: Sequence[JobState]) -> int:
     """Make jobs that wait in these states claimable now; returns how many."""
     done = session.execute(update(Job).where(Job.state.in_(states), Job.run_after > now()).values(run_after=0.0))

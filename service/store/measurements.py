@@ -7,7 +7,7 @@ Calls that change a device's tables lock its row first (`devices.lock`, `devices
 import hashlib
 import json
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import func, select
@@ -36,6 +36,8 @@ from service.store.models import (
     now,
 )  # fmt: skip
 
+Mode = Literal["full", "sampled", "on-demand"]
+ON_DEMAND: Mode = "on-demand"
 FULL = 31
 """Points of a profile that measures every choice."""
 SAMPLED = 6
@@ -72,12 +74,12 @@ def canonical_sha(value: Any) -> str:
 
 
 def request_profile(
-    session: Session, device: Device, space_arguments: dict[str, Any], mode: Literal["full", "sampled"], points: int
+    session: Session, device: Device, space_arguments: dict[str, Any], mode: Mode, points: int
 ) -> Profile:
     """Ask for the layers of a space to be measured on a device; asking again changes nothing.
 
     `space_arguments` are those of `get_space`, `points` the widths per slot (a full profile has all of them, whatever
-    is given).
+    is given). An on-demand profile sleeps until a job needs it.
     """
     space, points = get_space(**space_arguments), FULL if mode == "full" else points
     row = {
@@ -91,6 +93,19 @@ def request_profile(
     return profile
 
 
+def request_for_job(session: Session, device: Device, space_arguments: dict[str, Any]) -> Profile:
+    """Ask for what a job waits for, before all other profiles: the space's on-demand profile, else a sampled one."""
+    key = get_space(**space_arguments).key
+    sleeping = [one for one in profiles(session, device) if one.space_key == key and one.mode == ON_DEMAND]
+    profile = sleeping[0] if sleeping else request_profile(session, device, space_arguments, "sampled", SAMPLED)
+    if (table_id := _measured_table(session, device)) is not None:
+        if profile.planned_table_id == table_id:
+            work.hurry(session, profile, table_id)
+        else:
+            work.plan_profile(session, profile, table_id, for_job=True)
+    return profile
+
+
 def profiles(session: Session, device: Device) -> Sequence[Profile]:
     """A device's profiles, oldest first."""
     query = select(Profile).where(Profile.device_id == device.id)
@@ -101,7 +116,12 @@ def progress(session: Session, device: Device) -> list[Progress]:
     """How far each profile of a device is, oldest first."""
     measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == device.table_id)))
     failed, pace = failures(session, device).keys(), _pace(session, device)
-    return [_progress(profile, measured, failed, pace) for profile in profiles(session, device)]
+    found = [_progress(profile, measured, failed, pace) for profile in profiles(session, device)]
+    return [replace(one, planned=one.done + one.failed) if _sleeps(one.profile, device) else one for one in found]
+
+
+def _sleeps(profile: Profile, device: Device) -> bool:
+    return profile.mode == ON_DEMAND and profile.planned_table_id != device.table_id
 
 
 def _progress(profile: Profile, measured: set[str], failed: Set[str], pace: float | None) -> Progress:
@@ -314,9 +334,19 @@ def plan(session: Session, device: Device) -> None:
 
 def _plan_for(session: Session, device: Device, wanted: Sequence[Profile]) -> None:
     table_id = _measured_table(session, device)
-    for profile in wanted:
-        if table_id is not None and profile.planned_table_id != table_id:
-            work.plan_profile(session, profile, table_id)
+    new = [profile for profile in wanted if profile.planned_table_id != table_id]
+    if table_id is None or not new:
+        return
+    waiting = jobs.waiting_for(session, device.name)
+    needed = {profile.id for profile in new if profile.space_key in waiting and _for_jobs(profile)}
+    for profile in sorted(new, key=lambda one: one.id not in needed):
+        if profile.id in needed or profile.mode != ON_DEMAND:
+            work.plan_profile(session, profile, table_id, for_job=profile.id in needed)
+
+
+def _for_jobs(profile: Profile) -> bool:
+    """Whether it is one that `request_for_job` takes."""
+    return profile.mode == ON_DEMAND or (profile.mode == "sampled" and profile.points == SAMPLED)
 
 
 def _measured_table(session: Session, device: Device) -> str | None:

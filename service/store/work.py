@@ -1,12 +1,17 @@
 """Measuring work: planned once per table, leased to agents, done or failed.
 
-Layers are measured before the whole networks of their profile, and a profile before those that were asked for later;
-networks that a job waits for go before all of them, and those that are measured only to know the noise come last.
+First comes what running jobs wait for: networks that they have found, then profiles without which they cannot begin.
+Then come the other profiles in their order, each one's layers by their expected error (`planning`) and before its whole
+networks; and last those networks that are measured only to know the noise.
+
+Work whose lease ran out is suspect, since it may have killed its agent: it is leased again behind the rest of its kind,
+among fewer and fewer others, and has failed when it was lost alone.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
@@ -15,13 +20,18 @@ from sqlalchemy.orm import Session
 from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks
 from latency_profiler.cost import Statistic
 from latency_profiler.lookup_table import plan_layers
+from latency_profiler.planning import by_expected_error
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
 from service.store.models import Measurement, Profile, Work, WorkKind, WorkState, new_id, now
 
-MOST_LEASES = 3
-"""Work that was leased so often and never answered has failed: it may kill the agent."""
+MOST_LEASES = 6
+"""Work that was leased so often, thrice alone, and never answered has failed: agents also die for other reasons."""
+FEWER = 4
+"""A lease holds so many times fewer pieces of work for each time that they were lost before."""
+FOR_JOB = 1
+"""Priority of the layers of a profile that a job waits for; its networks come behind them."""
 LAST = 1_000_000
 """Priority of what nobody waits for."""
 OPEN = (WorkState.WAITING, WorkState.LEASED)
@@ -53,7 +63,8 @@ def network_item(space: Space, channels: Sequence[int], purpose: str, statistic:
 
 def profile_items(space: Space, points: int) -> list[Item]:
     """What a profile measures: layers, then the networks that their sum is calibrated on."""
-    layers = [Item(WorkKind.LAYER, layer.key, {"layer": layer.to_json()}) for layer in plan_layers(space, points)]
+    ordered = by_expected_error(space, plan_layers(space, points))
+    layers = [Item(WorkKind.LAYER, layer.key, {"layer": layer.to_json()}) for layer in ordered]
     return layers + [network_item(space, channels, purpose) for channels, purpose in calibration_networks(space)]
 
 
@@ -90,17 +101,26 @@ def _repeats(space: Space) -> list[Item]:
     return [network_item(space, channels, REPEATED) for channels in held_out]
 
 
-def plan_profile(session: Session, profile: Profile, table_id: str) -> None:
-    """Plan what a table lacks of a profile, behind all profiles that are planned for it already."""
+def plan_profile(session: Session, profile: Profile, table_id: str, *, for_job: bool = False) -> None:
+    """Plan what a table lacks of a profile: before all others for a job, else behind those that are planned already."""
     query = select(func.count()).select_from(Profile).where(
         Profile.device_id == profile.device_id, Profile.planned_table_id == table_id, Profile.id != profile.id
     )  # fmt: skip
-    priority = 10 * (1 + session.scalars(query).one())
+    priority = FOR_JOB if for_job else 10 * (1 + session.scalars(query).one())
     measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == table_id)))
     items = [item for item in profile_items(profile_space(profile), profile.points) if item.key not in measured]
     add(session, table_id, [item for item in items if item.kind is WorkKind.LAYER], priority)
     add(session, table_id, [item for item in items if item.kind is WorkKind.NETWORK], priority + 1)
     profile.planned_table_id = table_id
+
+
+def hurry(session: Session, profile: Profile, table_id: str) -> None:
+    """A job waits for a profile: what is left of it comes before all other profiles."""
+    for place, keys in enumerate(profile_keys(profile_space(profile), profile.points)):
+        behind = (Work.table_id == table_id, Work.state.in_(OPEN), Work.priority > FOR_JOB + place)
+        waiting = session.execute(select(Work.id, Work.key).where(*behind))
+        if rows := [{"id": id_, "priority": FOR_JOB + place} for id_, key in waiting if key in keys]:
+            session.execute(update(Work), rows)
 
 
 def plan_repeats(session: Session, table_id: str, space: Space) -> None:
@@ -143,8 +163,10 @@ def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[
 
     Work whose lease ran out is given away again; its late result is still taken if it comes first.
     """
-    query = select(Work).where(Work.table_id == table_id, _free()).order_by(Work.priority, Work.id).limit(limit)
-    works = session.scalars(query).all()
+    query = select(Work).where(Work.table_id == table_id, _free())
+    found = session.scalars(query.order_by(Work.priority, Work.attempts, Work.id).limit(limit)).all()
+    lost = found[0].attempts if found else 0
+    works = list(takewhile(lambda work: work.attempts == lost, found))[: max(1, limit // FEWER**lost)]
     lease_id, until = new_id(), session.scalars(select(now())).one() + seconds
     for work in works:
         work.state, work.lease_id, work.lease_until = WorkState.LEASED, lease_id, until

@@ -269,10 +269,8 @@ def test_tables_move_between_devices(client: TestClient, rings: list[bool]) -> N
     assert answer.json() == {"stored": len(entries), "current": True}
     assert rings == [True]
     exported = client.get("/v1/devices/bench/lookup-table").json()
-    known = table.to_json()["entries"]
-    assert [{name: one[name] for name in known[0]} for one in exported["entries"]] == known
-    assert exported["fits"] == table.to_json()["fits"]
-    assert exported["device"] == "bench"
+    found = LatencyTable.from_json(exported)
+    assert (found.entries, found.fits, found.device) == (table.entries, table.fits, "bench")
     lines = client.get("/v1/devices/bench/lookup-table", headers={"Accept": "text/csv"}).text.splitlines()
     assert len(lines) == len(entries) + 1
     assert client.get("/v1/devices/bench/lookup-table?format=csv").text.splitlines() == lines

@@ -46,6 +46,22 @@ OWN: dict[str, Schema] = {
     "/v1/devices/{device}/lookup-table/proxylessnas": {
         "table": {"Conv-input:224x224x3-output:112x112x32": {"mean": 1.0, "count": 10}}
     },
+    "/v1/devices/{device}/lookup-table": {
+        "networks": [
+            {
+                "key": "s|0|fit",
+                "space_key": "s",
+                "channels": [8],
+                "purpose": "fit",
+                "seconds": 1.0,
+                "p90": 1.0,
+                "iqr": 0.0,
+                "steady": True,
+                "values": [1.0],
+                "conditions": {"loops": 1},
+            }
+        ]
+    },
     "/v1/devices/{device}/leases": {"fingerprint": {"cpu": "fast"}},
     "/v1/devices/{device}/measurements": {"fingerprint": "0" * 64},
     "/v1/devices/{device}/lookup-table": {"networks": []},

@@ -22,9 +22,6 @@ from workers.checkpoints import write_blob
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
-POINTS = 6
-"""Widths per slot that are measured when a job has to ask for the profile itself."""
-
 
 def begin(context: Context, job: Job) -> Outcome:
     """Note what the job runs on, and ask for the layers that its devices lack."""
@@ -32,7 +29,7 @@ def begin(context: Context, job: Job) -> Outcome:
         for name in dict.fromkeys(split_latency(latency)[0] for latency in context.constrained):
             if measurements.layers_missing(session, name, context.space):
                 device = devices.get(session, name)
-                measurements.request_profile(session, device, space_arguments(context.space), "sampled", POINTS)
+                measurements.request_for_job(session, device, space_arguments(context.space))
         jobs.save_step(session, context.claim, state=JobState.PROFILING, environment=context.environment)
     return MOVED
 
