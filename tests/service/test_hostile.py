@@ -64,7 +64,6 @@ OWN: dict[str, Schema] = {
     },
     "/v1/devices/{device}/leases": {"fingerprint": {"cpu": "fast"}},
     "/v1/devices/{device}/measurements": {"fingerprint": "0" * 64},
-    "/v1/devices/{device}/lookup-table": {"networks": []},
     "/v1/jobs": {
         "measure_on": [],
         "training": {"band": [0.5, 1.5], "weight_decay": 0.001},
