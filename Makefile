@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 SOURCES := latency_profiler service workers migrations tests benchmarks
 
-.PHONY: demo up test check format openapi bench-search
+.PHONY: demo up test check format openapi bench-search bench-latency bench-latency-full
 .DEFAULT_GOAL := check
 
 .venv/bin/python:
@@ -42,6 +42,12 @@ check: .venv/.dev
 
 bench-search: .venv/.dev
 	$(BIN)/python benchmarks/speed.py
+
+bench-latency: .venv/.dev
+	$(BIN)/python benchmarks/latency.py
+
+bench-latency-full: .venv/.dev
+	$(BIN)/python benchmarks/latency.py --full
 
 openapi: .venv/.dev
 	$(BIN)/python -m service.app > service/openapi.json.new && mv service/openapi.json.new service/openapi.json

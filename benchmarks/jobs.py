@@ -10,10 +10,12 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from latency_profiler.client import TERMINAL, Client
+from latency_profiler.errors import ServiceUnreachable
 from service.commands.login import connect
 
 Json = dict[str, Any]
@@ -51,6 +53,10 @@ def _key(request: Json) -> str:
 
 
 def _ended(client: Client, job_id: str) -> Json:
-    while (job := client.job(job_id))["state"] not in TERMINAL:
+    """The job when it has ended; a service that is down for a while is waited for."""
+    while True:
+        with suppress(ServiceUnreachable):
+            job: Json = client.job(job_id)
+            if job["state"] in TERMINAL:
+                return job
         time.sleep(POLL)
-    return job

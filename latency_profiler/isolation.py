@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from latency_profiler.errors import MeasurementFailed
-from latency_profiler.measuring import failure, measure_group
+from latency_profiler.measuring import failure, measure_group, yardstick_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 
 Json = dict[str, Any]
@@ -161,10 +161,12 @@ def _open_shared(file: Path) -> int | None:
 def _serve(line: Connection, runtime: str, settings: Settings) -> None:
     """Measure group after group until the agent hangs up."""
     opened = open_runtime(runtime, settings)
+    yardstick = yardstick_of(opened)
     while True:
         try:
             task = json.loads(line.recv_bytes())
-            line.send_bytes(json.dumps(measure_group(opened, task["items"], task["seed"])).encode())
+            results = measure_group(opened, task["items"], task["seed"], yardstick)
+            line.send_bytes(json.dumps(results).encode())
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
 

@@ -1,7 +1,8 @@
 """The lookup table of one device: layer → seconds, and the price of whole networks.
 
-A network is priced as `overhead + slope * sum of its layers`. Overhead and slope are fitted per space from whole
-networks that the device measured (`Fit`); without a fit they are 0 and 1. A layer that was not measured is
+A network is priced as an overhead and the sum of its layers, each times a slope and with what it costs in a network
+beyond that (`terms`). Overhead, slope and the terms' weights are fitted per space from whole networks that the device
+measured (`Fit`); without a fit a network is the sum of its layers. A layer that was not measured is
 interpolated bilinearly inside the smallest measured cell of its family around it, and marked; nothing is
 extrapolated. All times are seconds.
 """
@@ -10,7 +11,7 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -22,6 +23,7 @@ from latency_profiler.cost import Ints
 from latency_profiler.errors import InvalidInput, MissingLatencies
 from latency_profiler.layers import Layer
 from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit, width_of
+from latency_profiler.terms import TERMS, in_network
 
 Floats = npt.NDArray[np.float64]
 Cell = tuple[int, int]
@@ -47,7 +49,7 @@ class Fit:
     without sign, the share of networks `within_5` and `within_10` %, and the mean with its sign (`bias`, positive where
     networks are faster than predicted). `spearman` is the rank correlation of predicted and measured times.
     `noise_floor` is the mean difference between two measurements of one network: no table can do better. None is
-    unknown.
+    unknown. `terms` are weights by name (`terms.TERMS`); those that do not help are left out.
     """
 
     overhead: float
@@ -61,11 +63,20 @@ class Fit:
     spearman: float | None = None
     bias: float | None = None
     noise_floor: float | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+    def in_network(self, layer: Layer, seconds: float) -> float:
+        """Seconds that a layer adds to a network, of the seconds that it takes alone."""
+        return in_network(layer, seconds, self.slope, self.terms)
+
+
+PLAIN = Fit(0.0, 1.0, 0, 0, 0.0, 0.0)
+"""The sum of layers, where no networks were measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPrice:
-    """Seconds of one layer; `interpolated` says that it was not measured itself."""
+    """Seconds of one layer, alone or in a network; `interpolated` says that it was not measured itself."""
 
     layer: Layer
     seconds: float
@@ -74,7 +85,7 @@ class LayerPrice:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Predicted seconds of a network, and its layers in network order."""
+    """Predicted seconds of a network: its overhead and its layers', in network order."""
 
     seconds: float
     overhead: float
@@ -194,7 +205,7 @@ class LatencyTable:
         self._families[entry.layer.family].add(entry)
 
     def layer(self, layer: Layer) -> LayerPrice:
-        """Price one layer.
+        """Price one layer alone.
 
         Raises:
             MissingLatencies: it is neither measured nor inside a measured cell.
@@ -228,16 +239,13 @@ class LatencyTable:
         layers = space.layers(channels)
         if missing := self.missing(layers):
             raise MissingLatencies(missing)
-        prices = tuple(map(self.layer, layers))
-        overhead, slope = self._fit(space)
-        total = 0.0
+        fit = self.fits.get(space.key, PLAIN)
+        alone = map(self.layer, layers)
+        prices = tuple(replace(price, seconds=fit.in_network(price.layer, price.seconds)) for price in alone)
+        total = fit.overhead
         for price in prices:
             total += price.seconds
-        return Price(overhead + slope * total, overhead, prices)
-
-    def _fit(self, space: Space) -> tuple[float, float]:
-        fit = self.fits.get(space.key)
-        return (fit.overhead, fit.slope) if fit else (0.0, 1.0)
+        return Price(total, fit.overhead, prices)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; `from_json` is the inverse."""
@@ -260,6 +268,8 @@ class LatencyTable:
             rows = [{name: value for name, value in row.items() if name in known} for row in data["entries"]]
             entries = [Entry(**{**row, "layer": Layer.from_json(row["layer"])}) for row in rows]
             fits = {key: Fit(**fit) for key, fit in data.get("fits", {}).items()}
+            if unknown := {name for fit in fits.values() for name in fit.terms} - TERMS.keys():
+                raise InvalidInput(f"unknown terms of a fit: {', '.join(sorted(unknown))}")
             table = cls(str(data["device"]), str(data["fingerprint"]), {e.layer.key: e for e in entries}, fits)
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"not a lookup table: {error}") from error
@@ -279,18 +289,18 @@ class LatencyModel:
     """
 
     def __init__(self, table: LatencyTable, space: Space) -> None:
-        self._overhead, self._slope = table._fit(space)
-        self._slots = space.slots
+        fit = table.fits.get(space.key, PLAIN)
+        self._overhead, self._slots = fit.overhead, space.slots
         matrices: dict[tuple[str, Slot, Slot], Matrix] = {}
         for unit in space.units:
             if (kind := _kind(unit)) not in matrices:
-                matrices[kind] = _matrix(table, unit)
+                matrices[kind] = _matrix(table, unit, fit)
         self._units = [(unit.source, unit.target, matrices[_kind(unit)]) for unit in space.units]
 
     @property
     def digest(self) -> str:
         """Identity of the prices: models with equal ones price every structure of the grid alike."""
-        digest = hashlib.sha256(np.array([self._overhead, self._slope]).tobytes())
+        digest = hashlib.sha256(np.array([self._overhead]).tobytes())
         for _, _, (_, _, seconds) in self._units:
             digest.update(seconds.tobytes())
         return digest.hexdigest()[:32]
@@ -302,12 +312,12 @@ class LatencyModel:
 
     def seconds(self, channels: Ints) -> Floats:
         """Latencies (n,) of channels (n, s), whose widths must be choices of the space."""
-        total = np.zeros(len(channels))
+        total = np.full(len(channels), self._overhead)
         for source, target, (rows, columns, seconds) in self._units:
             i = rows[channels[:, source.index]] if source.index is not None else 0
             j = columns[channels[:, target.index]] if target.index is not None else 0
             total += seconds[i, j]
-        return self._overhead + self._slope * total
+        return total
 
 
 def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
@@ -350,17 +360,18 @@ def _kind(unit: Unit) -> tuple[str, Slot, Slot]:
     return f"{unit.features}*{_unit_layer(unit, 1, 1).family}", unit.source, unit.target
 
 
-def _matrix(table: LatencyTable, unit: Unit) -> Matrix:
-    """Row of each source width, column of each target width, and the seconds at (row, column)."""
+def _matrix(table: LatencyTable, unit: Unit, fit: Fit) -> Matrix:
+    """Row of each source width, column of each target width, and the seconds in a network at (row, column)."""
     sources, targets = _slot_widths(unit.source), _slot_widths(unit.target)
     family = table._families.get(_unit_layer(unit, 1, 1).family)
     seconds = np.full((len(sources), len(targets)), np.nan)
     for (i, c_in), (j, c_out) in product(enumerate(sources), enumerate(targets)):
         if unit.source is not unit.target or i == j:
-            price = family and family.price(unit.features * c_in, c_out)
+            layer = _unit_layer(unit, c_in, c_out)
+            price = family.price(layer.c_in, c_out) if family else None
             if price is None:
-                raise MissingLatencies([_unit_layer(unit, c_in, c_out).key])
-            seconds[i, j] = price
+                raise MissingLatencies([layer.key])
+            seconds[i, j] = fit.in_network(layer, price)
     return _positions(sources), _positions(targets), seconds
 
 

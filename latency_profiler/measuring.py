@@ -17,7 +17,8 @@ from latency_profiler.device import conditions
 from latency_profiler.errors import InvalidInput, MeasurementFailed
 from latency_profiler.layers import Layer, Node
 from latency_profiler.runtimes.base import Runtime
-from latency_profiler.timing import LAYER, NETWORK, TAIL, Effort, Series, Subject, Timing, interleave
+from latency_profiler.timing import LAYER, NETWORK, TAIL, Effort, Series, Stopwatch, Subject, Timing, interleave
+from latency_profiler.yardstick import Yardstick
 
 Json = dict[str, Any]
 Measure = Callable[[Sequence[Json], int], list[Json]]
@@ -33,7 +34,7 @@ def measure_work(
     runtime: Runtime, items: Sequence[Json], rng: np.random.Generator, go_on: Callable[[], bool] = lambda: True
 ) -> list[Json]:
     """`measure_groups` in this process."""
-    return measure_groups(partial(measure_group, runtime), items, rng, go_on)
+    return measure_groups(partial(measure_group, runtime, yardstick=yardstick_of(runtime)), items, rng, go_on)
 
 
 def measure_groups(
@@ -68,12 +69,17 @@ def measure_groups(
     return list(results.values())
 
 
-def measure_group(runtime: Runtime, items: Sequence[Json], seed: int) -> list[Json]:
+def yardstick_of(runtime: Runtime) -> Yardstick | None:
+    """What tells quiet moments where a runtime computes on this machine; None where it asks another one."""
+    return Yardstick(runtime.settings.threads) if isinstance(runtime.empty_run(), Stopwatch) else None
+
+
+def measure_group(runtime: Runtime, items: Sequence[Json], seed: int, yardstick: Yardstick | None = None) -> list[Json]:
     """Results of items that are loaded and timed together."""
     empty = Series(runtime.empty_run())
     loaded = [_load(runtime, item) for item in items]
     series = [empty, *(one for one in loaded if isinstance(one, Series))]
-    interleave(series, np.random.default_rng(seed))
+    interleave(series, np.random.default_rng(seed), yardstick)
     name = f"{runtime.name} {runtime.version}"
     return [_result(item, one, empty, name) for item, one in zip(items, loaded, strict=True)]
 

@@ -1,13 +1,16 @@
 """How long something takes, and how sure that is.
 
-run      one execution of a layer or network.
-loop     runs that are timed together, so that one value lasts long enough (about a millisecond) for the clock.
-value    seconds per run, from one loop.
-single   a run of a loop that is timed by itself: percentiles are about single runs, whose differences a loop hides.
-warm-up  runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
-outlier  a value far from the others (Tukey's fences): kept and marked, since it says how a device disturbs.
-steady   the median's uncertainty (half a box plot's notch: 1.57 IQR / √values; McGill, Tukey and Larsen 1978) is a
-         small share of the median.
+run        one execution of a layer or network.
+loop       runs that are timed together, so that one value lasts long enough (about a millisecond) for the clock.
+value      seconds per run, from one loop.
+single     a run of a loop that is timed by itself: percentiles are about single runs, whose differences a loop hides.
+warm-up    runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
+refill     the run before each loop that is not timed: others have used the caches since, and a network's first run
+           takes up to 2.5 times as long as those behind it.
+disturbed  a value before or after which the machine was slower than it can be (`yardstick`): kept, marked, not counted.
+outlier    a counted value far from the others (Tukey's fences): kept and marked, since it says how a device disturbs.
+steady     the median's uncertainty (half a box plot's notch: 1.57 IQR / √values; McGill, Tukey and Larsen 1978) is a
+           small share of the median, and at least half of what was wanted could be counted.
 
 Several subjects are measured interleaved: each gives one value per round, in an order that is shuffled anew, so that
 a disturbance of some milliseconds costs each of them a value (which the median ignores) and not one of them all.
@@ -28,6 +31,8 @@ NOTCH = 1.57
 FENCE = 1.5
 """Interquartile ranges beyond a quartile at which a value is an outlier (Tukey, Exploratory Data Analysis, 1977)."""
 MOST_LOOPS = 1 << 20
+QUIET_PATIENCE = 10.0
+"""Seconds for which subjects that are measured together wait for quiet moments in all."""
 DIGITS = 9
 """Single runs are kept to the nanosecond, which is what the clock tells."""
 
@@ -73,17 +78,34 @@ class Stopwatch:
         return [after - before for before, after in pairwise(times)]
 
 
+class Pace(Protocol):
+    """Tells whether the machine is undisturbed."""
+
+    def settle(self, until: float) -> bool:
+        """Wait for a quiet moment until the clock says so; whether there is one."""
+        ...
+
+    def quiet(self) -> bool:
+        """Whether it is undisturbed now."""
+        ...
+
+    def now(self) -> float:
+        """What the clock says."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How much is spent on one subject.
 
     A value lasts about `value` seconds: long for the clock, and short beside the turns of some milliseconds that an
-    operating system gives to processes, so that most values are undisturbed on a busy machine too. Values are taken
+    operating system gives to processes, so that most values are undisturbed on a busy machine too. Values are counted
     until they are steady, but at least `least` and at most `most` of them, and none beyond `least` once `cap` seconds
-    were spent. Of every loop, up to `singles` runs are timed by themselves.
+    were spent; of disturbed ones, at most `most` more are taken. Of every loop, up to `singles` runs are timed by
+    themselves.
     """
 
-    value: float = 1e-3
+    value: float = 1e-4
     least: int = 7
     most: int = 11
     cap: float = 0.5
@@ -92,7 +114,7 @@ class Effort:
 
 
 LAYER = Effort()
-NETWORK = Effort(least=15, most=51, cap=5.0, steady_share=0.01, singles=8)
+NETWORK = Effort(least=15, most=35, cap=5.0, steady_share=0.02, singles=8)
 TAIL = replace(NETWORK, least=101, most=101, cap=10.0)
 """For a percentile that decides: of so many runs, ten at least are slower than the 90th."""
 
@@ -101,8 +123,9 @@ TAIL = replace(NETWORK, least=101, most=101, cap=10.0)
 class Timing:
     """What was measured, in seconds per run; `loops` runs per value after `warmup` runs.
 
-    `outliers` are the positions of values that lie beyond Tukey's fences; they are kept, and the median ignores them.
-    `p90` is that of the single runs where there are any, else of the values.
+    `disturbed` and `outliers` (those beyond Tukey's fences) are positions of values, which are kept. Median and range
+    are those of the undisturbed values, or of all where none is; `p90` is that of their single runs, or of the values
+    where those are all that there is.
     """
 
     values: tuple[float, ...]
@@ -114,6 +137,7 @@ class Timing:
     p90: float
     steady: bool
     outliers: tuple[int, ...]
+    disturbed: tuple[int, ...] = ()
 
 
 @dataclass
@@ -124,27 +148,35 @@ class Series:
     effort: Effort = LAYER
     values: list[float] = field(default_factory=list)
     singles: list[float] = field(default_factory=list)
+    disturbed: list[int] = field(default_factory=list)
     loops: int = 0
     warmup: int = 0
     spent: float = 0.0
     failure: Exception | None = None
 
-    def advance(self) -> None:
-        """Warm up, or take one more value; a subject that fails is not run again."""
+    def advance(self, pace: Pace | None = None, until: float = 0.0) -> None:
+        """Warm up, or take one more value, in a quiet moment if there is one; what fails is not run again."""
         try:
             if self.loops:
-                self._extend()
+                self._extend(pace, until)
             else:
                 self._warm_up()
         except Exception as error:  # runtimes raise whatever they like: the reason is data
             self.failure = error
 
     @property
+    def counted(self) -> list[float]:
+        """The values that were not disturbed."""
+        return [value for at, value in enumerate(self.values) if at not in self.disturbed]
+
+    @property
     def done(self) -> bool:
         """Whether nothing more is to be taken."""
-        count = len(self.values)
-        if self.failure is not None or count < self.effort.least:
-            return self.failure is not None
+        if self.failure is not None or len(self.disturbed) >= self.effort.most:
+            return True
+        count = len(self.values) - len(self.disturbed)
+        if count < self.effort.least:
+            return False
         return count >= self.effort.most or self.spent >= self.effort.cap or self._steady()
 
     def timing(self) -> Timing:
@@ -156,13 +188,14 @@ class Series:
         if self.failure is not None or not self.values:
             reason = f"{type(self.failure).__name__}: {self.failure}" if self.failure else "no value was taken"
             raise MeasurementFailed(reason) from self.failure
-        low, median, high = (float(q) for q in np.percentile(self.values, (25, 50, 75)))
-        p90 = float(np.percentile(self.singles or self.values, 90))
+        counted = self.counted or self.values
+        low, median, high = (float(q) for q in np.percentile(counted, (25, 50, 75)))
+        p90 = float(np.percentile(self.singles or counted, 90))
         fence = FENCE * (high - low)
         outliers = tuple(i for i, value in enumerate(self.values) if not low - fence <= value <= high + fence)
         return Timing(
             tuple(self.values), tuple(self.singles), self.loops, self.warmup, median, high - low, p90,
-            self._steady(), outliers,
+            self._steady(), tuple(at for at in outliers if at not in self.disturbed), tuple(self.disturbed),
         )  # fmt: skip
 
     def _warm_up(self) -> None:
@@ -175,25 +208,34 @@ class Series:
         self.spent, self.warmup = self.spent + took, self.warmup + loops + 1
         self.loops = max(1, round(loops * min(1.0, self.effort.value / took))) if took > 0 else loops
 
-    def _extend(self) -> None:
+    def _extend(self, pace: Pace | None, until: float) -> None:
+        quiet = pace is None or pace.settle(until)
+        self.subject.seconds(1)
         alone = min(self.loops, self.effort.singles)
         singles = self.subject.each(alone) if isinstance(self.subject, Divisible) else []
         rest = self.loops - len(singles)
         took = sum(singles) + (self.subject.seconds(rest) if rest else 0.0)
-        self.singles += (round(single, DIGITS) for single in singles)
         self.spent += took
+        if not quiet or (pace is not None and not pace.quiet()):
+            self.disturbed.append(len(self.values))
+        else:
+            self.singles += (round(single, DIGITS) for single in singles)
         self.values.append(took / self.loops)
 
     def _steady(self) -> bool:
-        low, median, high = np.percentile(self.values, (25, 50, 75))
-        return bool(NOTCH * (high - low) / len(self.values) ** 0.5 <= self.effort.steady_share * median)
+        counted = self.counted
+        if 2 * len(counted) < self.effort.least:
+            return False
+        low, median, high = np.percentile(counted, (25, 50, 75))
+        return bool(NOTCH * (high - low) / len(counted) ** 0.5 <= self.effort.steady_share * median)
 
 
-def interleave(series: Sequence[Series], rng: np.random.Generator) -> None:
-    """Advance several series round by round until each is done."""
+def interleave(series: Sequence[Series], rng: np.random.Generator, pace: Pace | None = None) -> None:
+    """Advance several series round by round until each is done, waiting for quiet moments if `pace` tells of them."""
+    until = pace.now() + QUIET_PATIENCE if pace is not None else 0.0
     while waiting := [one for one in series if not one.done]:
         for i in rng.permutation(len(waiting)):
-            waiting[i].advance()
+            waiting[i].advance(pace, until)
 
 
 def measure(subject: Subject, effort: Effort = LAYER) -> Timing:

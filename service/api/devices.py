@@ -76,6 +76,7 @@ class FitView(BaseModel):
     spearman: float | None
     bias: float | None = Field(description="mean error with its sign, positive where prices are too high")
     noise_floor: float | None = Field(description="mean difference between two measurements of one network")
+    terms: dict[str, float] = Field(description="weights of what a layer costs in a network beyond its time alone")
     trust: Trust
     reason: str | None = Field(description="why it is not trusted")
 

@@ -4,12 +4,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from latency_profiler.foreign_tables import read_foreign
 from latency_profiler.layers import Activation, Op
 from latency_profiler.spreadsheet import to_csv
 from latency_profiler.survey import Survey, survey
+from latency_profiler.terms import TERMS
 from service import broker
 from service.api.auth import Reader, Submitter
 from service.api.devices import DevicePath, Facts, Seconds, Share, Spread, Text
@@ -23,6 +24,7 @@ LARGEST_TABLE = 32 << 20
 router = APIRouter(prefix="/devices", tags=["devices"])
 SpaceKey = Annotated[Text, Field(max_length=100)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class LayerBody(Model):
@@ -82,6 +84,14 @@ class FitBody(Model):
     spearman: Annotated[float, Field(ge=-1.000001, le=1.000001)] | None = None
     bias: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     noise_floor: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    terms: Annotated[dict[Text, Weight], Field(max_length=100, default_factory=dict)]
+
+    @field_validator("terms")
+    @classmethod
+    def _known(cls, terms: dict[str, float]) -> dict[str, float]:
+        if unknown := terms.keys() - TERMS.keys():
+            raise ValueError(f"unknown terms: {', '.join(sorted(unknown))}")
+        return terms
 
 
 class TableBody(Model):

@@ -12,7 +12,15 @@ import numpy as np
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks, fit_networks
+from latency_profiler.calibration import (
+    FITTED,
+    HELD_OUT,
+    REPEATED,
+    Parts,
+    calibration_networks,
+    fit_networks,
+    parts_of,
+)
 from latency_profiler.cost import Statistic
 from latency_profiler.errors import SecateursError
 from latency_profiler.lookup_table import LatencyTable
@@ -234,17 +242,17 @@ def _fit(session: Session, device: Device, space: Space) -> None:
 
 
 def _fit_statistic(session: Session, device: Device, space: Space, table: LatencyTable, statistic: Statistic) -> None:
-    pairs: dict[str, list[tuple[float, float]]] = {FITTED: [], HELD_OUT: [], REPEATED: []}
+    pairs: dict[str, list[tuple[Parts, float]]] = {FITTED: [], HELD_OUT: []}
+    repeated: list[tuple[float, float]] = []
     for channels, purpose in calibration_networks(space):
         key = work.network_key(space, channels, purpose)
         seconds = measurements.measured_network(session, device, key, statistic)
         if seconds is None or table.missing(space.layers(channels)):
             continue
-        total = sum(price.seconds for price in table.price(space, channels).layers)
-        pairs[purpose].append((total, seconds))
+        pairs[purpose].append((parts_of(table, space, channels), seconds))
         key = work.network_key(space, channels, REPEATED)
         again = measurements.measured_network(session, device, key, statistic)
         if purpose == HELD_OUT and again is not None:
-            pairs[REPEATED].append((seconds, again))
-    if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT], pairs[REPEATED])) is not None:
+            repeated.append((seconds, again))
+    if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT], repeated)) is not None:
         session.merge(TableFit(table_id=device.table_id, space_key=space.key, statistic=statistic, **asdict(fit)))

@@ -128,7 +128,8 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {
-        **dict.fromkeys((dict[str, Any], list[Any], list[int], list[float]), JSON), float: Double, int: BigInteger,
+        **dict.fromkeys((dict[str, Any], dict[str, float], list[Any], list[int], list[float]), JSON),
+        float: Double, int: BigInteger,
     }  # fmt: skip
 
 
@@ -230,6 +231,8 @@ class TableFit(Base):
     spearman: Mapped[float | None]
     bias: Mapped[float | None]
     noise_floor: Mapped[float | None]
+    terms: Mapped[dict[str, float]] = mapped_column(default=dict)
+    """Weights of the terms by name."""
     created_at: Mapped[float] = mapped_column(default=now())
 
 

@@ -41,7 +41,7 @@ def test_a_value_lasts_as_long_as_asked() -> None:
     timing = measure(machine.stopwatch, Effort(value=1e-3))
     assert timing.loops == pytest.approx(1e-3 / 3e-6, rel=0.01)
     assert timing.median == pytest.approx(3e-6)
-    assert machine.runs == timing.warmup + timing.loops * len(timing.values)
+    assert machine.runs == timing.warmup + (1 + timing.loops) * len(timing.values), "one run refills the caches"
 
 
 def test_a_run_longer_than_a_value_is_a_loop_of_one() -> None:
@@ -94,7 +94,7 @@ def test_one_disturbance_costs_no_median() -> None:
 
 
 def test_outliers_are_kept_and_marked() -> None:
-    machine = Machine([2e-3] * 4 + [1.0] + [2.001e-3] * 2 + [2e-3] * 100)
+    machine = Machine([2e-3] * 5 + [1.0] + [2.001e-3] * 4 + [2e-3] * 100)
     timing = measure(machine.stopwatch, Effort(least=9, most=9))
     assert [timing.values[at] for at in timing.outliers] == [1.0]
     assert timing.median == pytest.approx(2e-3, rel=1e-3)
@@ -112,8 +112,9 @@ def test_interleaved_subjects_take_turns() -> None:
             return 2e-3 * runs
 
     interleave([Series(Noted(name), Effort(least=6, most=6)) for name in range(4)], np.random.default_rng(0))
-    last = order[-24:]
-    assert len(order) > 24
+    last = order[-48::2]
+    assert last == order[-47::2], "each refills its caches itself"
+    assert len(order) > 48
     for turn in range(6):
         assert sorted(last[4 * turn : 4 * turn + 4]) == [0, 1, 2, 3]
     assert len({tuple(last[4 * turn : 4 * turn + 4]) for turn in range(6)}) > 1, "the order changes"
@@ -135,7 +136,7 @@ def test_single_runs_are_timed_by_themselves_and_are_part_of_their_loop() -> Non
     timing = measure(Machine(costs).stopwatch, Effort(value=1e-3, least=20, most=20, singles=4))
     assert (len(timing.values), len(timing.singles)) == (20, 80)
     for at, value in enumerate(timing.values):
-        loop = costs[timing.warmup + at * timing.loops :][: timing.loops]
+        loop = costs[timing.warmup + at * (timing.loops + 1) + 1 :][: timing.loops]
         assert value == pytest.approx(np.mean(loop), abs=1e-12), "a loop is all of its runs"
         assert timing.singles[4 * at : 4 * at + 4] == pytest.approx(loop[:4], abs=1e-12)
     assert timing.p90 == pytest.approx(np.percentile(timing.singles, 90))
@@ -158,3 +159,42 @@ def test_a_subject_that_cannot_time_single_runs_gives_values_only() -> None:
 
     timing = measure(Remote(), Effort(singles=8))
     assert (timing.singles, timing.p90) == ((), pytest.approx(2e-4))
+
+
+@dataclass
+class Neighbour:
+    """Says of each look whether the machine is quiet, then that it is."""
+
+    looks: list[bool]
+    patient: bool = True
+
+    def quiet(self) -> bool:
+        return self.looks.pop(0) if self.looks else True
+
+    def settle(self, until: float) -> bool:
+        while not (quiet := self.quiet()) and self.patient:
+            pass
+        return quiet
+
+    def now(self) -> float:
+        return 0.0
+
+
+def test_disturbed_values_are_kept_and_count_for_nothing() -> None:
+    """Before each value the machine is asked until it is quiet, and once more behind it."""
+    costs = [2e-3, 2e-3, *(cost for value in (5e-3, 2e-3, 7e-3) for cost in (1e-3, value)), *[2e-3] * 100]
+    pace = Neighbour([True, False, False, True, True, True, False])
+    series = Series(Machine(costs).stopwatch, Effort(least=5, most=9))
+    interleave([series], np.random.default_rng(0), pace)
+    timing = series.timing()
+    assert (timing.disturbed, timing.median, {0, 2} & set(timing.outliers)) == ((0, 2), pytest.approx(2e-3), set())
+    assert [round(value, 9) for value in timing.values] == [5e-3, 2e-3, 7e-3, *[2e-3] * 4]
+    assert (timing.steady, timing.p90) == (True, pytest.approx(2e-3))
+
+
+def test_a_machine_that_is_never_quiet_is_measured_all_the_same_and_called_unsteady() -> None:
+    series = Series(Machine(repeat(2e-3)).stopwatch, Effort(least=5, most=9))
+    interleave([series], np.random.default_rng(0), Neighbour([False] * 1000, patient=False))
+    timing = series.timing()
+    assert (len(timing.values), len(timing.disturbed), timing.steady) == (9, 9, False)
+    assert timing.median == pytest.approx(2e-3)

@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, text
 
+from latency_profiler.calibration import NETWORKS
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
@@ -75,7 +76,8 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
     assert (before["alive"], before["fingerprint"], before["table"]) == (False, None, None)
     planned = client.post("/v1/devices/bench/profiles", json=PROFILE)
     assert planned.status_code == 202
-    count = len(plan_layers(SPACE, 3)) + 16
+    layers, networks = len(plan_layers(SPACE, 3)), sum(NETWORKS.values())
+    count = layers + networks
     assert (planned.json()["planned"], planned.json()["waiting"], planned.json()["fit"]) == (count, count, None)
     job_id = waiting_job(JobState.PROFILING)
     leased = lease(client, agent).json()
@@ -101,10 +103,10 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
     assert after["fingerprint"] == {"sha256": canonical_sha(FACTS), "facts": FACTS}
     assert (after["measured"], after["waiting"], after["leased"], after["failed"]) == (count, 8, 0, 0)
     table = after["table"]
-    assert (table["entries"], table["networks"]) == (count - 16, 16)
+    assert (table["entries"], table["networks"]) == (layers, networks)
     every = len(plan_layers(SPACE))
     assert table["spaces"] == [
-        {"space_key": SPACE.key, "layers": every, "measured": count - 16, "interpolated": every - count + 16}
+        {"space_key": SPACE.key, "layers": every, "measured": layers, "interpolated": every - layers}
     ]
     assert table["fits"][0]["slope"] == pytest.approx(1, rel=1e-6)
     assert table["fits"][0]["held_out"] == 8

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from latency_profiler.calibration import calibration_networks, fit_networks
+from latency_profiler.calibration import NETWORKS, calibration_networks, fit_networks
 from latency_profiler.cost import CostModel
 from latency_profiler.errors import MeasurementFailed, NotFound
 from latency_profiler.layers import Layer
@@ -21,6 +21,7 @@ from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
 from latency_profiler.planning import by_expected_error
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
+from latency_profiler.terms import TERMS
 from service.store import agents, datasets, devices, exchange, measurements, work
 from service.store.agents import Batch, Outcome
 from service.store.models import Job, JobState, Measurement, Profile, Upload, Work, WorkKind, WorkState
@@ -30,6 +31,7 @@ SPACE_ARGUMENTS: dict[str, Any] = {"name": "vgg16", "image_size": 8, "width": 0.
 SPACE = get_space(**SPACE_ARGUMENTS)
 FACTS = {"cpu": "test", "threads": 1}
 OTHER_FACTS = {"cpu": "test", "threads": 2}
+CALIBRATION = sum(NETWORKS.values())
 OVERHEAD, SLOPE = 3e-5, 1.25
 
 
@@ -95,14 +97,14 @@ def test_a_profile_asked_for_before_the_first_agent_is_measured_and_fitted(datab
     leased = lease()
     layers = [item for item in leased.works if item.kind is WorkKind.LAYER]
     assert [item.key for item in layers] == [layer.key for layer in by_expected_error(SPACE, plan_layers(SPACE, 3))]
-    assert [item.kind for item in leased.works[len(layers) :]] == [WorkKind.NETWORK] * 16, "networks come last"
+    assert [item.kind for item in leased.works[len(layers) :]] == [WorkKind.NETWORK] * CALIBRATION, "networks come last"
     assert record(outcomes(leased.works), "a") == {
         "stored": len(leased.works), "repeated": 0, "failed": 0, "ignored": 0,
     }  # fmt: skip
     table = load()
     fit = table.fits[SPACE.key]
     assert (fit.overhead, fit.slope) == pytest.approx((OVERHEAD, SLOPE), rel=1e-6)
-    assert (fit.fitted_on, fit.held_out) == (8, 8)
+    assert (fit.fitted_on, fit.held_out) == (32, 8)
     assert fit.max_error < 1e-9
     channels = SPACE.channels(range(7, 7 + len(SPACE.genes)))
     exact = OVERHEAD + SLOPE * sum(map(layer_seconds, SPACE.layers(channels)))
@@ -165,7 +167,7 @@ def test_what_a_job_waits_for_goes_before_what_was_asked_for_earlier(database: s
     works = lease().works
     mine = [item for item in works if item.key in layer_keys(6) or item.key.startswith(SPACE.key + "|")]
     assert works[: len(mine)] == mine
-    assert [item.kind for item in mine[-16:]] == [WorkKind.NETWORK] * 16, "its networks, too"
+    assert [item.kind for item in mine[-CALIBRATION:]] == [WorkKind.NETWORK] * CALIBRATION, "its networks, too"
 
 
 def test_a_job_that_waits_comes_first_in_a_new_table_as_well(database: str) -> None:
@@ -195,7 +197,7 @@ def test_an_on_demand_profile_sleeps_until_a_job_needs_it(database: str) -> None
         assert (shown.planned, shown.waiting) == (0, 0)
         assert measurements.request_for_job(session, device, SPACE_ARGUMENTS).id == profile.id
         [shown] = measurements.progress(session, device)
-        assert shown.planned == shown.waiting == len(layer_keys(4)) + 16
+        assert shown.planned == shown.waiting == len(layer_keys(4)) + CALIBRATION
     assert {item.key for item in lease().works if item.kind is WorkKind.LAYER} == layer_keys(4)
     assert lease(facts=OTHER_FACTS).works == [], "a new table is not filled for nobody"
     job_in_profiling()
@@ -403,7 +405,7 @@ def test_a_table_survives_export_and_import(database: str) -> None:
         assert measurements.counts(session, device) == dict.fromkeys(WorkState, 0), "nobody could measure for it"
     found = load()
     assert (found.entries, found.fits) == (table.entries, table.fits)
-    assert len(lease().works) == len(layers) + 16, "the agent measures all anew"
+    assert len(lease().works) == len(layers) + CALIBRATION, "the agent measures all anew"
     with transaction() as session:
         device = devices.get(session, "bench")
         fresh = replace(table, fingerprint="e" * 64)
@@ -411,11 +413,16 @@ def test_a_table_survives_export_and_import(database: str) -> None:
     assert load().entries == {}
 
 
+def alone(total: float) -> tuple[float, ...]:
+    """Parts of a network whose layers have nothing but seconds."""
+    return (total, *(0.0 for _ in TERMS))
+
+
 def test_the_fit_weighs_relative_errors_and_refuses_what_is_no_line() -> None:
     generator = np.random.default_rng(0)
     totals = generator.uniform(1e-5, 1e-2, 64)
     measured = (2e-5 + 1.3 * totals) * generator.normal(1, 0.01, 64)
-    pairs = list(zip(totals.tolist(), measured.tolist(), strict=True))
+    pairs = list(zip(map(alone, totals.tolist()), measured.tolist(), strict=True))
     fit = fit_networks(pairs[:32], pairs[32:])
     assert fit is not None
     assert fit.overhead == pytest.approx(2e-5, rel=0.2)
@@ -424,7 +431,7 @@ def test_the_fit_weighs_relative_errors_and_refuses_what_is_no_line() -> None:
     assert fit.max_error >= fit.mean_error
     assert fit_networks(pairs[:1], pairs[32:]) is None
     assert fit_networks(pairs[:8], []) is None
-    assert fit_networks([(1.0, 2.0), (2.0, 1.0)], pairs) is None
+    assert fit_networks([(alone(1.0), 2.0), (alone(2.0), 1.0)], pairs) is None
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet50", "resnet20", "vgg16"])
@@ -432,8 +439,8 @@ def test_calibration_networks_are_the_same_everywhere_and_spread_over_the_flops(
     space = get_space(name, 32, classes=10)
     networks = calibration_networks(space)
     assert networks == calibration_networks(space)
-    assert [purpose for _, purpose in networks] == ["fit"] * 8 + ["held_out"] * 8
-    assert len({channels for channels, _ in networks}) == 16
+    assert [purpose for _, purpose in networks] == ["fit"] * 32 + ["held_out"] * 8
+    assert len({channels for channels, _ in networks}) == 40
     model = CostModel(space)
     smallest, largest = model.flops(np.array([space.channels(space.smallest), space.channels(space.largest)]))
     for purpose in ("fit", "held_out"):

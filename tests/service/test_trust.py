@@ -8,6 +8,7 @@ from sqlalchemy import select, update
 
 from latency_profiler.calibration import HELD_OUT, MOST_MARGIN, MOST_MEAN_ERROR, REPEATED, Trust, fit_networks, judge
 from latency_profiler.lookup_table import Fit
+from latency_profiler.terms import TERMS
 from service.store import agents, canaries, devices, hosts, measurements
 from service.store.agents import Batch, Outcome
 from service.store.models import Device, Host, LookupTable, Measurement, Work, WorkKind, WorkState, now
@@ -87,10 +88,15 @@ def test_limits_of_trust() -> None:
     assert faster.margin == 0.02, "a device that became faster holds every budget"
 
 
+def networks(pairs: list[tuple[float, float]]) -> list[tuple[tuple[float, ...], float]]:
+    """Networks whose layers have nothing but seconds: pairs (sum of layers, measured)."""
+    return [((total, *(0.0 for _ in TERMS)), seconds) for total, seconds in pairs]
+
+
 def test_statistics_of_held_out_networks_against_their_definitions() -> None:
     line = [(1.0, 1.0), (2.0, 2.0), (9.0, 9.0)]
     held_out = [(100.0, 100.0), (104.0, 100.0), (92.0, 100.0), (300.0, 200.0)]
-    fit = fit_networks(line, held_out, [(1.0, 1.1), (2.0, 1.9)])
+    fit = fit_networks(networks(line), networks(held_out), [(1.0, 1.1), (2.0, 1.9)])
     assert fit is not None
     assert (fit.mean_error, fit.max_error) == pytest.approx(((0 + 0.04 + 0.08 + 0.5) / 4, 0.5))
     assert fit.bias == pytest.approx((0.04 - 0.08 + 0.5) / 4)
@@ -98,7 +104,7 @@ def test_statistics_of_held_out_networks_against_their_definitions() -> None:
     # Ranks 2, 3, 1, 4 against 2, 2, 2, 4 (equal values share theirs).
     assert fit.spearman == pytest.approx(3 / (5 * 3) ** 0.5)
     assert fit.noise_floor == pytest.approx(0.075)
-    flat = fit_networks(line, [(1.0, 5.0), (2.0, 5.0)])
+    flat = fit_networks(networks(line), networks([(1.0, 5.0), (2.0, 5.0)]))
     assert flat is not None
     assert (flat.spearman, flat.noise_floor) == (None, None)
 

@@ -7,6 +7,7 @@ so the repetition gives the same result.
 `job.memory` holds what the next step needs:
     tables        device → digest of the lookup table as it was when the search began
     margins       device → share that predictions keep from the budget: the table's held-out error
+    noise         device → share by which two measurements of a network differ; the winner's first keeps it free
     corrections   device → factor on its predictions, from measurements that broke a budget
     round         how often a measurement has sent the job back to the search
     flops         multiply-adds of the uniform network at the budget

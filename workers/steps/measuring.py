@@ -61,15 +61,19 @@ def look(
     return found
 
 
-def off(context: Context, measured: Mapping[str, float], least: float = 0.0) -> dict[str, float]:
+def off(
+    context: Context, measured: Mapping[str, float], least: float = 0.0, noise: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Latency → seconds that are allowed, where a measurement is above them.
 
     Args:
+        noise: latency → share by which another measurement may be longer, which must be allowed, too.
         least: share of the budget that one latency at least must reach; below it, no other bound being tight either,
             the prediction is too pessimistic and counts as off too.
     """
     allowed = {str(bound.latency): bound.maximum for bound in context.constraints if bound.latency in measured}
-    broken = {name: maximum for name, maximum in allowed.items() if measured[name] > maximum}
+    longest = {name: seconds * (1 + (noise or {}).get(name, 0.0)) for name, seconds in measured.items()}
+    broken = {name: maximum for name, maximum in allowed.items() if longest[name] > maximum}
     shy = all(measured[name] < least * maximum for name, maximum in allowed.items())
     return broken or (allowed if shy else {})
 

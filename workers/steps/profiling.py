@@ -50,7 +50,8 @@ def step(context: Context, job: Job) -> Outcome:
     pinned = {name: write_blob(context.settings.blobs, json.dumps(table.to_json(), sort_keys=True).encode())
               for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
     margins = {name: verdicts[name].margin for name in pinned}
-    memory = {**job.memory, "tables": pinned, "margins": margins, "corrections": {}, "round": 0}
+    noise = {name: verdicts[name].noise for name in pinned}
+    memory = {**job.memory, "tables": pinned, "margins": margins, "noise": noise, "corrections": {}, "round": 0}
     warnings = [_doubt(name, verdicts[name]) for name in context.constrained if verdicts[name].reason]
     if not UNSTRUCTURED.issuperset(context.spec.methods):
         warnings += _sized(context, job, memory)

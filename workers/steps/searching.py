@@ -119,7 +119,7 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     shy = all(seconds < LEAST_USED * predicted[name] for name, seconds in measured.items())
     again = shy and memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search)
     unused = LEAST_USED if again else 0.0
-    if allowed := measuring.off(context, measured, unused):
+    if allowed := measuring.off(context, measured, unused, memory.get("noise", {})):
         return search_on(context, job, channels, measured, allowed)
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search)]
     with transaction() as session:

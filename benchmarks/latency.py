@@ -1,0 +1,137 @@
+"""How far a table's prices of whole networks are off, on this machine; one JSON line per device setting and space.
+
+    python benchmarks/latency.py                 the short form, under 10 minutes
+    python benchmarks/latency.py --full          every setting, space and image size
+    python benchmarks/latency.py --costs         entries and minutes against the error, and a plain sum of layers
+
+Layers are measured as an agent measures them, the networks of a calibration and 50 held-out random networks with them;
+16 of the held-out ones are measured once more at the end, minutes later: the mean difference is the noise floor, below
+which no table can come. Results are kept one by one in results/latency.json, and what is there is not measured again.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from jobs import RESULTS, write
+
+from latency_profiler.calibration import FITTED, TERM_SETS, calibration_networks, fit_networks, parts_of
+from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.measuring import measure_work
+from latency_profiler.runtimes.base import Settings, open_runtime
+from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import Space
+
+Json = dict[str, Any]
+HELD = 50
+AGAIN = 16
+SAMPLED = 6
+DENSITIES: tuple[int | None, ...] = (4, 6, 11, None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line: a runtime with its settings, and a space."""
+
+    runtime: str
+    threads: int
+    batch: int
+    space: str
+    image_size: int
+    points: int | None = SAMPLED
+    """Widths per slot that are measured; None is all 31."""
+
+    @property
+    def name(self) -> str:
+        """In the file of results."""
+        return f"{self.device} {self.space}@{self.image_size} {self.points or 'full'}"
+
+    @property
+    def device(self) -> str:
+        """The setting."""
+        return f"{self.runtime} {self.threads} thread{'s' * (self.threads > 1)} batch {self.batch}"
+
+
+SETTINGS = [("torch", 1), ("torch", 2), ("onnxruntime", 1), ("openvino", 1)]
+SPACES = ["mobilenet_v1", "mobilenet_v2", "resnet50"]
+WIDTH = 0.5
+SHORT = [Case("onnxruntime", 1, 1, "mobilenet_v1", 32), Case("openvino", 1, 1, "mobilenet_v1", 32)]
+COSTS = [Case("onnxruntime", 1, 1, "mobilenet_v1", 32, points) for points in DENSITIES]
+FULL = [
+    Case(runtime, threads, batch, space, size)
+    for size, batch, (runtime, threads), space in product((32, 224), (1, 8), SETTINGS, SPACES)
+]
+
+
+def main() -> None:
+    """Measure what is asked for, and print it line by line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--costs", action="store_true")
+    options = parser.parse_args()
+    path = RESULTS / "latency.json"
+    lines: Json = json.loads(path.read_text())["lines"] if path.exists() else {}
+    for case in FULL if options.full else COSTS if options.costs else SHORT:
+        if case.name not in lines:
+            lines[case.name] = measure(case)
+            write("latency", {"lines": lines})
+        print(json.dumps(lines[case.name]), flush=True)
+
+
+def measure(case: Case) -> Json:
+    """One line."""
+    space = get_space(case.space, case.image_size, WIDTH, 10 if case.image_size == 32 else 1000, True)
+    runtime = open_runtime(case.runtime, Settings(case.threads, case.batch))
+    rng, start = np.random.default_rng(0), time.perf_counter()
+
+    def seconds(items: Sequence[Json]) -> list[float]:
+        results = {result["work_id"]: result["seconds"] for result in measure_work(runtime, items, rng)}
+        return [results[at] for at in range(len(items))]
+
+    layers = plan_layers(space, case.points)
+    took = seconds([_item(at, "layer", layer.key, {"layer": layer.to_json()}) for at, layer in enumerate(layers)])
+    table = LatencyTable("bench", "", {layer.key: Entry(layer, one) for layer, one in zip(layers, took, strict=True)})
+    minutes = (time.perf_counter() - start) / 60
+    fitted = [channels for channels, purpose in calibration_networks(space) if purpose == FITTED]
+    held_out = [channels for channels, _ in calibration_networks(space, 0, HELD) if channels not in fitted]
+    first = seconds(_networks(space, fitted + held_out))
+    again = seconds(_networks(space, held_out[:AGAIN]))
+    parts = [parts_of(table, space, channels) for channels in fitted + held_out]
+    networks, at = list(zip(parts, first, strict=True)), len(fitted)
+    line, found = (
+        fit_networks(networks[:at], networks[at:], list(zip(first[at:], again, strict=False)), sets)
+        for sets in ((), TERM_SETS)
+    )
+    assert line is not None and found is not None  # noqa: PT018 - times are positive and differ
+    return {
+        "name": "lut_error", "device": case.device, "space": space.key, "image_size": case.image_size,
+        "networks": found.held_out, "mean": found.mean_error, "max": found.max_error, "within_5": found.within_5,
+        "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(layers),
+        "minutes": round(minutes, 2), "points": case.points, "terms": sorted(found.terms),
+        "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
+        "sum_of_layers": _plain(networks[at:]), "at": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _plain(networks: Sequence[tuple[Sequence[float], float]]) -> Json:
+    """Errors of the plain sum of layers."""
+    off = np.abs([parts[0] / seconds - 1 for parts, seconds in networks])
+    return {"mean": float(off.mean()), "max": float(off.max()), "within_5": float((off <= 0.05).mean())}
+
+
+def _networks(space: Space, channels: Sequence[Sequence[int]]) -> list[Json]:
+    nodes = ([asdict(node) for node in space.nodes(one)] for one in channels)
+    return [_item(at, "network", f"network {at}", {"nodes": one}) for at, one in enumerate(nodes)]
+
+
+def _item(work_id: int, kind: str, key: str, payload: Json) -> Json:
+    return {"work_id": work_id, "kind": kind, "key": key, "payload": payload}
+
+
+if __name__ == "__main__":
+    main()
