@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from statistics import mean, median
 from typing import Any
 
@@ -24,7 +24,6 @@ import numpy as np
 from jobs import run, service, write
 
 from latency_profiler.client import Client
-from latency_profiler.errors import NotFound
 from latency_profiler.runtimes.base import Loaded, Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -75,7 +74,7 @@ def _agents(client: Client) -> Iterator[None]:
 
 
 def _agent(client: Client, device: str, runtime: str) -> "subprocess.Popen[bytes]":
-    with suppress(NotFound):
+    if any(one["name"] == device for one in client.devices()["items"]):
         client.delete_device(device)
     token = client.add_device(device)["token"]
     command = [sys.executable, "-m", "latency_profiler.agent", "--server", client.url, "--device", device]

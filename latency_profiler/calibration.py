@@ -154,6 +154,8 @@ def fit_networks(
     design, seconds = _design(fitted)
     chosen, penalty = _choose(design, term_sets)
     weights = _solve(design[:, _columns(chosen)], penalty)
+    if weights[1] <= 0:  # the terms have taken the layers' part
+        chosen, weights = (), _solve(design[:, _columns(())], 0.0)
     overhead, slope, *terms = weights.tolist()
     if slope <= 0:
         return None
