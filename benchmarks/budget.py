@@ -35,7 +35,7 @@ BUDGETS = 10
 LOADS, RUNS = 3, 60
 QUIET_SECONDS = 60.0
 SPACE: Json = {"name": "mobilenet_v1", "image_size": 32, "width": 0.25, "classes": 10, "free_last": True}
-PROFILE: Json = {"space": "mobilenet_v1", "image_size": 32, "width": 0.25, "classes": 10, "last_layer": "free"}
+ASKED: Json = {"image_size": 32, "width": 0.25, "classes": 10, "last_layer": "free"}
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def _agent(client: Client, device: str, runtime: str) -> "subprocess.Popen[bytes
 
 
 def _profiled(client: Client, device: str) -> None:
-    client.profile(device, PROFILE | {"mode": "sampled", "points": 6})
+    client.profile(device, ASKED | {"space": "mobilenet_v1", "mode": "sampled", "points": 6})
     while (profile := client.profiles(device)["items"][0])["done"] + profile["failed"] < profile["planned"]:
         time.sleep(2.0)
 
@@ -90,7 +90,7 @@ def _profiled(client: Client, device: str) -> None:
 def _budgets(client: Client, space: Space, device: str) -> list[float]:
     """Milliseconds, spread over what is feasible."""
     least, most = (
-        client.price("mobilenet_v1", {**PROFILE, "devices": [device], "encoding": list(genes)})["latency_ms"][device]
+        client.price("mobilenet_v1", {**ASKED, "devices": [device], "encoding": list(genes)})["latency_ms"][device]
         for genes in (space.smallest, space.largest)
     )
     shares = (np.arange(BUDGETS) + 1) / (BUDGETS + 1)
