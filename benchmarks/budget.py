@@ -6,8 +6,8 @@
 Three devices on this machine (ONNX Runtime, OpenVINO and PyTorch, one thread each; the script starts their agents) with
 ten budgets each, spread over what is feasible. The jobs are small (`smoke`, the built-in digits): their latencies are
 what counts. When all have ended, every winner is measured by this script: loaded anew three times, runs of all winners
-of a device in turn, their median in quiet moments. It prints one JSON line a job and writes results/budget.json; run
-again, it measures all anew.
+of a device in turn, their median in quiet moments. It prints one JSON line a job and writes results/budget.json after each
+device; devices that are there are not done again.
 """
 
 import json
@@ -15,15 +15,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from jobs import run, service, write
+from jobs import RESULTS, run, service, write
 
 from latency_profiler.client import Client
+from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.runtimes.base import Loaded, Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -40,31 +41,37 @@ ASKED: Json = {"image_size": 32, "width": 0.25, "classes": 10, "last_layer": "fr
 
 def main() -> None:
     """Run the jobs, measure their winners, write what was found."""
-    space, lines = get_space(**SPACE), []
-    with service() as client, _agents(client):
-        for device, runtime in DEVICES.items():
+    space, path = get_space(**SPACE), RESULTS / "budget.json"
+    lines: list[Json] = json.loads(path.read_text())["jobs"] if path.exists() else []
+    todo = {name: runtime for name, runtime in DEVICES.items() if all(line["device"] != name for line in lines)}
+    with service() as client, _agents(client, todo):
+        for device, runtime in todo.items():
             _profiled(client, device)
             jobs = run(client, [_request(device, most_ms) for most_ms in _budgets(client, space, device)])
             lines += _judged(space, device, runtime, jobs)
             for line in lines[-len(jobs) :]:
                 print(json.dumps(line), flush=True)
+            write("budget", {"figures": _figures(lines), "jobs": lines, "at": time.strftime("%Y-%m-%d")})
+    print(json.dumps(_figures(lines)))
+
+
+def _figures(lines: list[Json]) -> Json:
+    """Of the winners: how many broke their budget when measured again, and what share of it they used."""
     won = [line for line in lines if line["state"] == "succeeded"]
-    figures = {
+    return {
         "jobs": len(lines), "succeeded": len(won), "broken": sum(line["again_ms"] > line["max_ms"] for line in won),
         "worst": max(line["again_ms"] / line["max_ms"] for line in won),
         "used": mean(line["again_ms"] / line["max_ms"] for line in won),
         "verified_used": mean(line["verified_ms"] / line["max_ms"] for line in won),
     }  # fmt: skip
-    print(json.dumps(figures))
-    write("budget", {"figures": figures, "jobs": lines, "at": time.strftime("%Y-%m-%d")})
 
 
 @contextmanager
-def _agents(client: Client) -> Iterator[None]:
+def _agents(client: Client, runtimes: Mapping[str, str]) -> Iterator[None]:
     """An agent for every device, until the jobs have ended; devices of a former run are made anew."""
     processes = []
     try:
-        for device, runtime in DEVICES.items():
+        for device, runtime in runtimes.items():
             processes.append(_agent(client, device, runtime))
         yield
     finally:
@@ -89,10 +96,9 @@ def _profiled(client: Client, device: str) -> None:
 
 def _budgets(client: Client, space: Space, device: str) -> list[float]:
     """Milliseconds, spread over what is feasible."""
-    least, most = (
-        client.price("mobilenet_v1", {**ASKED, "devices": [device], "encoding": list(genes)})["latency_ms"][device]
-        for genes in (space.smallest, space.largest)
-    )
+    table = LatencyTable.from_json(client.lookup_table(device))
+    prices = [1000 * table.price(space, space.channels(genes)).seconds for genes in space.ladder]
+    least, most = min(prices), max(prices)
     shares = (np.arange(BUDGETS) + 1) / (BUDGETS + 1)
     return [round(least + float(share) * (most - least), 5) for share in shares]
 

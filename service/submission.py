@@ -143,9 +143,9 @@ def _table(session: Session, space: Space, constraint: Constraint) -> LatencyTab
 
 
 def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | None = None) -> None:
-    """Compare a constraint with the smallest and the largest structure.
+    """Compare a constraint with the cheapest and the dearest of structures from the smallest to the largest.
 
-    A latency cannot be judged before the device's table prices both; the job then waits for its profile.
+    A latency cannot be judged before the device's table prices them; the job then waits for its profile.
 
     Raises:
         InfeasibleConstraint: the constraint's range and the space's do not meet; latencies in milliseconds.
@@ -153,9 +153,10 @@ def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | N
     if constraint.metric is Metric.LATENCY and table is None:
         return
     try:
-        smallest, largest = (_value(space, encoding, constraint, table) for encoding in (space.smallest, space.largest))
+        values = [_value(space, encoding, constraint, table) for encoding in space.ladder]
     except MissingLatencies:
         return
+    smallest, largest = min(values), max(values)
     if constraint.maximum >= smallest and constraint.minimum <= largest:
         return
     asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum

@@ -56,7 +56,8 @@ class Budget:
         self._widths = np.array(space.choices)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
-        smallest, largest = self.tightness(np.array([space.smallest, space.largest])).tolist()
+        rungs = self.tightness(np.array(space.ladder))
+        smallest, largest = float(rungs.min()), float(rungs.max())
         self.least = least_share * min(1.0, largest)
         self._band = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints)), min(1.0, largest)
         self._check()
@@ -164,10 +165,10 @@ class Budget:
         return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
     def _check(self) -> None:
-        ends = np.array([self.space.smallest, self.space.largest])
-        costs = self.costs(ends)
+        costs = self.costs(np.array(self.space.ladder))
         for constraint in self.constraints:
-            smallest, largest = map(float, _values(costs, constraint))
+            values = _values(costs, constraint)
+            smallest, largest = float(values.min()), float(values.max())
             if constraint.maximum < smallest or constraint.minimum > largest:
                 asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum
                 raise InfeasibleConstraint(constraint.metric, asked, smallest, largest, constraint.latency)

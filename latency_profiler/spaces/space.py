@@ -148,6 +148,15 @@ class Space:
         """Encoding of the smallest network."""
         return (0,) * len(self.genes)
 
+    @property
+    def ladder(self) -> tuple[tuple[int, ...], ...]:
+        """Encodings with one choice for all genes, from the smallest to the largest.
+
+        Where costs grow with widths, the ends are the cheapest and the dearest structure; latencies need not: a kernel
+        for widths that are no multiple of a block may be several times slower than that for a wider layer.
+        """
+        return tuple((choice,) * len(self.genes) for choice in range(CHOICES))
+
     def channels(self, encoding: Sequence[int]) -> tuple[int, ...]:
         """Channel numbers of an encoding, fixed slots at their base width.
 

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops
 from latency_profiler.errors import InfeasibleConstraint
+from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
+from service.submission import check_feasible
 from workers.budget import Budget
 from workers.sampling import numpy_generator, sample
 
@@ -192,3 +194,24 @@ def test_uniform_networks_at_shares_of_the_budget() -> None:
     assert counts == sorted(set(counts))
     assert all(count <= of * FULL / 2 for count, of in zip(counts[1:], (0.25, 0.5, 1.0), strict=True))
     assert budget.uniform(1.0) == budget.uniform()
+
+
+def test_a_device_on_which_the_smallest_is_not_the_fastest_has_a_budget() -> None:
+    """Widths that are no multiple of 8 take ten times as long there, as with some runtimes' depthwise kernels."""
+
+    def seconds(layer: Layer) -> float:
+        return 1e-6 * (layer.c_out + 10) * (10 if layer.c_out % 8 else 1)
+
+    space = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
+    entries = {layer.key: Entry(layer, seconds(layer)) for layer in plan_layers(space)}
+    table = LatencyTable("odd", "f" * 64, entries)
+    prices = [table.price(space, space.channels(genes)).seconds for genes in space.ladder]
+    asked = (min(prices) + prices[0]) / 2
+    assert min(prices) < asked < prices[0]
+    bound = Constraint(Metric.LATENCY, asked, device="odd")
+    check_feasible(space, bound, table)
+    drawn = Budget(space, [bound], {"odd": table}, {}).sample(8, np.random.default_rng(0))
+    assert len(drawn)
+    assert all(table.price(space, space.channels(genes)).seconds <= asked for genes in drawn.tolist())
+    with pytest.raises(InfeasibleConstraint, match="latency_ms within"):
+        check_feasible(space, Constraint(Metric.LATENCY, min(prices) * 0.5, device="odd"), table)
