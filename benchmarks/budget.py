@@ -6,8 +6,8 @@
 Three devices on this machine (ONNX Runtime, OpenVINO and PyTorch, one thread each; the script starts their agents) with
 ten budgets each, spread over what is feasible. The jobs are small (`smoke`, the built-in digits): their latencies are
 what counts. When all have ended, every winner is measured by this script: loaded anew three times, runs of all winners
-of a device in turn, their median in quiet moments. It prints one JSON line a job and writes results/budget.json after each
-device; devices that are there are not done again.
+of a device in turn, their median in quiet moments. It prints one JSON line a job and writes results/budget.json after
+each device; devices that are there are not done again.
 """
 
 import json
