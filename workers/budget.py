@@ -57,7 +57,7 @@ class Budget:
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
         rungs = self.tightness(np.array(space.ladder))
-        smallest, largest = float(rungs.min()), float(rungs.max())
+        smallest, largest = float(rungs.min()), float(rungs[-1])
         self.least = least_share * min(1.0, largest)
         self._band = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints)), min(1.0, largest)
         self._check()

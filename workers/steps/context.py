@@ -133,6 +133,14 @@ class Context:
         held = [job.memory[name] for name in ("tables", "corrections", "margins")]
         return self.keep("budget", held, lambda: self._budget(*held))
 
+    def corrected_budget(self, memory: Mapping[str, Any]) -> Budget:
+        """The budget of a job that has this memory.
+
+        Raises:
+            InfeasibleConstraint: no structure satisfies it.
+        """
+        return self._budget(memory["tables"], memory["corrections"], memory["margins"])
+
     def predict(self, job: Job, channels: Sequence[int]) -> dict[str, float]:
         """Corrected seconds of a network; nothing where a job only masks weights, which its tables say nothing of."""
         return {} if UNSTRUCTURED.issuperset(self.spec.methods) else self.budget(job).predict(channels)

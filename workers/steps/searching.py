@@ -1,6 +1,7 @@
 """`searching`: one generation a step; then the winner is measured before anything is spent on retraining it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from workers import evolution
 from workers.budget import Budget
 from workers.evolution import Evolution, Proposal, Score
 from workers.front import Front
+from workers.sampling import numpy_generator
 from workers.steps import fidelity, measuring, scoring, turns
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
@@ -118,13 +120,25 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     predicted = context.budget(job).predict(channels)
     shy = all(seconds < LEAST_USED * predicted[name] for name, seconds in measured.items())
     again = shy and memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search)
-    unused = LEAST_USED if again else 0.0
-    if allowed := measuring.off(context, measured, unused, memory.get("noise", {})):
+    noise = memory.get("noise", {})
+    if allowed := measuring.off(context, measured, noise=noise):
         return search_on(context, job, channels, measured, allowed)
+    shy_of = measuring.off(context, measured, LEAST_USED if again else 0.0, noise)
+    if shy_of and _has_room(context, measuring.corrected(context, job, channels, measured, shy_of)):
+        return search_on(context, job, channels, measured, shy_of)
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search)]
     with transaction() as session:
         jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
     return MOVED
+
+
+def _has_room(context: Context, memory: dict[str, Any]) -> bool:
+    """Whether some structure uses the budget with the corrections of this memory; else the winner is what there is."""
+    try:
+        budget = context.corrected_budget(memory)
+    except InfeasibleConstraint:
+        return False
+    return len(budget.sample(1, numpy_generator(context.spec.seed, "room"))) > 0
 
 
 def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
