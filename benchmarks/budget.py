@@ -12,6 +12,7 @@ each device; devices that are there are not done again.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ ASKED: Json = {"image_size": 32, "width": 0.25, "classes": 10, "last_layer": "fr
 
 def main() -> None:
     """Run the jobs, measure their winners, write what was found."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the agents end with this script
     space, path = get_space(**SPACE), RESULTS / "budget.json"
     lines: list[Json] = json.loads(path.read_text())["jobs"] if path.exists() else []
     todo = {name: runtime for name, runtime in DEVICES.items() if all(line["device"] != name for line in lines)}
