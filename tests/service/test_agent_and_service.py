@@ -63,7 +63,7 @@ def test_a_profile_becomes_a_table_that_prices_the_space(
     assert set(table.entries) == {layer.key for layer in plan_layers(SPACE, 3)}
     fit = table.fits[SPACE.key]
     assert (fit.fitted_on, fit.held_out) == (32, 8)
-    assert fit.slope == pytest.approx(0.96, abs=0.05), "layers are faster inside a network of the simulated device"
+    assert fit.mean_error < 0.03, "also though layers are faster inside a network of the simulated device"
     channels = SPACE.channels(SPACE.largest)
     measured = Simulated(Settings()).load_network(SPACE.nodes(channels)).mean
     assert table.price(SPACE, channels).seconds == pytest.approx(measured, rel=0.1)
