@@ -26,7 +26,7 @@ from jobs import RESULTS, run, service, write
 
 from latency_profiler.client import Client
 from latency_profiler.lookup_table import LatencyTable
-from latency_profiler.runtimes.base import Loaded, Settings, open_runtime
+from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from latency_profiler.yardstick import Yardstick
@@ -136,15 +136,13 @@ def _measure(space: Space, runtime: str, networks: list[tuple[int, ...]]) -> lis
     opened, rng = open_runtime(runtime, Settings()), np.random.default_rng(0)
     yardstick, runs = Yardstick(), [list[float]() for _ in networks]
     for _ in range(LOADS):
-        loaded: list[Loaded] = [opened.load_network(space.nodes(channels)) for channels in networks]  # type: ignore[misc]
+        loaded = [opened.load_network(space.nodes(channels)) for channels in networks]
         until = time.perf_counter() + QUIET_SECONDS
         for _ in range(RUNS):
             for at in rng.permutation(len(loaded)):
                 quiet = yardstick.settle(until)
-                loaded[at].run()
-                start = time.perf_counter()
-                loaded[at].run()
-                took = time.perf_counter() - start
+                loaded[at].seconds(1)
+                took = loaded[at].seconds(1)
                 if quiet and yardstick.quiet():
                     runs[at].append(took)
     return [median(one) for one in runs]

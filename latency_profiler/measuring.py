@@ -17,7 +17,7 @@ from latency_profiler.device import conditions
 from latency_profiler.errors import InvalidInput, MeasurementFailed
 from latency_profiler.layers import Layer, Node
 from latency_profiler.runtimes.base import Runtime
-from latency_profiler.timing import LAYER, NETWORK, TAIL, Effort, Series, Stopwatch, Subject, Timing, interleave
+from latency_profiler.timing import LAYER, NETWORK, TAIL, Effort, Pace, Series, Stopwatch, Subject, Timing, interleave
 from latency_profiler.yardstick import Yardstick
 
 Json = dict[str, Any]
@@ -74,7 +74,7 @@ def yardstick_of(runtime: Runtime) -> Yardstick | None:
     return Yardstick(runtime.settings.threads) if isinstance(runtime.empty_run(), Stopwatch) else None
 
 
-def measure_group(runtime: Runtime, items: Sequence[Json], seed: int, yardstick: Yardstick | None = None) -> list[Json]:
+def measure_group(runtime: Runtime, items: Sequence[Json], seed: int, yardstick: Pace | None = None) -> list[Json]:
     """Results of items that are loaded and timed together."""
     empty = Series(runtime.empty_run())
     loaded = [_load(runtime, item) for item in items]

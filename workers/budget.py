@@ -56,11 +56,12 @@ class Budget:
         self._widths = np.array(space.choices)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
-        rungs = self.tightness(np.array(space.ladder))
+        ladder = self.costs(np.array(space.ladder))
+        rungs = _tightest(ladder, constraints)
         smallest, largest = float(rungs.min()), float(rungs[-1])
         self.least = least_share * min(1.0, largest)
         self._band = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints)), min(1.0, largest)
-        self._check()
+        self._check(ladder)
 
     def channels(self, encodings: Genes) -> Ints:
         """Channels (n, s) of encodings (n, g)."""
@@ -164,8 +165,8 @@ class Budget:
         seconds = {device: np.array([row[device] for row in rows]) for device in self.tables}
         return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
-    def _check(self) -> None:
-        costs = self.costs(np.array(self.space.ladder))
+    def _check(self, costs: Costs) -> None:
+        """See that some of the structures that cost so much can satisfy each constraint."""
         for constraint in self.constraints:
             values = _values(costs, constraint)
             smallest, largest = float(values.min()), float(values.max())

@@ -140,3 +140,6 @@ def test_tables_survive_json_and_are_checked() -> None:
             LatencyTable.from_json(data)
     with pytest.raises(InvalidInput, match="not a lookup table"):
         LatencyTable.from_json({"device": "bench"})
+    prices.fits["space"] = Fit(1e-5, 0.9, 8, 8, 0.01, 0.02, terms={"moonlight": 1.0})
+    with pytest.raises(InvalidInput, match="unknown terms of a fit: moonlight"):
+        LatencyTable.from_json(prices.to_json())

@@ -130,16 +130,16 @@ class Context:
 
     def budget(self, job: Job) -> Budget:
         """The constraints, less their safety margins, with the tables and corrections that the job holds now."""
-        held = [job.memory[name] for name in ("tables", "corrections", "margins")]
-        return self.keep("budget", held, lambda: self._budget(*held))
+        return self.budget_of(job.memory)
 
-    def corrected_budget(self, memory: Mapping[str, Any]) -> Budget:
+    def budget_of(self, memory: Mapping[str, Any]) -> Budget:
         """The budget of a job that has this memory.
 
         Raises:
             InfeasibleConstraint: no structure satisfies it.
         """
-        return self._budget(memory["tables"], memory["corrections"], memory["margins"])
+        held = [memory[name] for name in ("tables", "corrections", "margins")]
+        return self.keep("budget", held, lambda: self._budget(*held))
 
     def predict(self, job: Job, channels: Sequence[int]) -> dict[str, float]:
         """Corrected seconds of a network; nothing where a job only masks weights, which its tables say nothing of."""

@@ -67,9 +67,9 @@ def off(
     """Latency → seconds that are allowed, where a measurement is above them.
 
     Args:
-        noise: latency → share by which another measurement may be longer, which must be allowed, too.
         least: share of the budget that one latency at least must reach; below it, no other bound being tight either,
             the prediction is too pessimistic and counts as off too.
+        noise: latency → share by which another measurement may be longer, which must be allowed, too.
     """
     allowed = {str(bound.latency): bound.maximum for bound in context.constraints if bound.latency in measured}
     longest = {name: seconds * (1 + (noise or {}).get(name, 0.0)) for name, seconds in measured.items()}

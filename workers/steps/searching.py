@@ -120,12 +120,11 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     predicted = context.budget(job).predict(channels)
     shy = all(seconds < LEAST_USED * predicted[name] for name, seconds in measured.items())
     again = shy and memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search)
-    noise = memory.get("noise", {})
-    if allowed := measuring.off(context, measured, noise=noise):
+    if allowed := measuring.off(context, measured, noise=memory.get("noise", {})):
         return search_on(context, job, channels, measured, allowed)
-    shy_of = measuring.off(context, measured, LEAST_USED if again else 0.0, noise)
-    if shy_of and _has_room(context, measuring.corrected(context, job, channels, measured, shy_of)):
-        return search_on(context, job, channels, measured, shy_of)
+    unused = measuring.off(context, measured, LEAST_USED) if again else {}
+    if unused and _has_room(context, measuring.corrected(context, job, channels, measured, unused)):
+        return search_on(context, job, channels, measured, unused)
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search)]
     with transaction() as session:
         jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
@@ -135,7 +134,7 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
 def _has_room(context: Context, memory: dict[str, Any]) -> bool:
     """Whether some structure uses the budget with the corrections of this memory; else the winner is what there is."""
     try:
-        budget = context.corrected_budget(memory)
+        budget = context.budget_of(memory)
     except InfeasibleConstraint:
         return False
     return len(budget.sample(1, numpy_generator(context.spec.seed, "room"))) > 0
