@@ -63,10 +63,11 @@ def test_a_profile_becomes_a_table_that_prices_the_space(
     assert set(table.entries) == {layer.key for layer in plan_layers(SPACE, 3)}
     fit = table.fits[SPACE.key]
     assert (fit.fitted_on, fit.held_out) == (32, 8)
-    assert fit.mean_error < 0.03, "also though layers are faster inside a network of the simulated device"
-    channels = SPACE.channels(SPACE.largest)
-    measured = Simulated(Settings()).load_network(SPACE.nodes(channels)).mean
-    assert table.price(SPACE, channels).seconds == pytest.approx(measured, rel=0.1)
+    rungs = [SPACE.channels(genes) for genes in SPACE.ladder]
+    measured = [Simulated(Settings()).load_network(SPACE.nodes(channels)).mean for channels in rungs]
+    off = [table.price(SPACE, one).seconds / seconds - 1 for one, seconds in zip(rungs, measured, strict=True)]
+    assert max(map(abs, off)) < 0.05
+    assert abs(sum(off) / len(off)) < 0.02, "layers are 4 % faster inside a network of the simulated device"
 
 
 def test_other_settings_open_another_table(user: Client, wire: httpx2.MockTransport, tmp_path: Path) -> None:
