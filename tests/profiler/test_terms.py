@@ -78,3 +78,15 @@ def test_a_model_with_terms_equals_the_table_to_the_last_bit_and_has_a_digest_of
     assert model.digest != plain.digest
     for price in found:
         assert price.seconds == pytest.approx(price.overhead + sum(layer.seconds for layer in price.layers))
+
+
+def test_terms_that_take_the_place_of_the_layers_are_given_up_for_the_line() -> None:
+    """Networks whose time falls with the sum of their layers once the bytes are counted: no slope, so no terms."""
+    rng = np.random.default_rng(0)
+    sums = rng.uniform(1.0, 2.0, 48)
+    inputs = sums + rng.uniform(0, 0.2, 48)
+    rest = (0.0,) * (len(TERMS) - 1)
+    networks = [((a, b, *rest), 5 * b - 2 * a) for a, b in zip(sums.tolist(), inputs.tolist(), strict=True)]
+    fit = fit_networks(networks[::2], networks[1::2])
+    assert fit is not None
+    assert (fit.terms, fit.slope > 0) == ({}, True)
