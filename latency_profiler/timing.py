@@ -31,7 +31,7 @@ NOTCH = 1.57
 FENCE = 1.5
 """Interquartile ranges beyond a quartile at which a value is an outlier (Tukey, Exploratory Data Analysis, 1977)."""
 MOST_LOOPS = 1 << 20
-QUIET_PATIENCE = 10.0
+QUIET_PATIENCE = 3.0
 """Seconds for which subjects that are measured together wait for quiet moments in all."""
 DIGITS = 9
 """Single runs are kept to the nanosecond, which is what the clock tells."""
