@@ -1,7 +1,7 @@
 """From the sum of layers to a network's latency: which whole networks are measured, and the fit through them.
 
 A network is not the sum of its layers: the runtime adds a fixed overhead per run, and layers that follow each other
-share caches and layouts (`terms`). All this is calibrated per space on whole networks; others that the fit has not seen
+share caches (`terms`). All this is calibrated per space on whole networks; others that the fit has not seen
 say how good it is, and whether the table is trusted (`judge`).
 """
 
@@ -9,12 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import combinations
 
 import numpy as np
 
 from latency_profiler.lookup_table import Fit, Floats, LatencyTable
 from latency_profiler.spaces.space import CHOICES, Space
-from latency_profiler.terms import BLOCKS, CACHE, TERMS
+from latency_profiler.terms import TERMS
 
 Parts = tuple[float, ...]
 
@@ -29,7 +30,7 @@ MOST_MEAN_ERROR, MOST_MAX_ERROR = 0.03, 0.09
 loses little to the safety margin."""
 LEAST_HELD_OUT = 8
 """Networks without which errors are anecdotes: fewer would leave parts of the cost range unseen."""
-TERM_SETS: tuple[tuple[str, ...], ...] = (tuple(CACHE), (*CACHE, *BLOCKS), tuple(TERMS))
+TERM_SETS = tuple(terms for count in range(1, len(TERMS) + 1) for terms in combinations(TERMS, count))
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of a network's weight: how strongly the terms are drawn to 0 (ridge regression)."""
 FOLDS = 8
@@ -124,7 +125,7 @@ def parts_of(table: LatencyTable, space: Space, channels: Sequence[int]) -> Part
         MissingLatencies: a layer cannot be priced.
     """
     alone = [table.layer(layer) for layer in space.layers(channels)]
-    terms = (sum(term(price.layer, price.seconds) for price in alone) for term in TERMS.values())
+    terms = (sum(term(price.layer) for price in alone) for term in TERMS.values())
     return (sum(price.seconds for price in alone), *terms)
 
 
@@ -137,7 +138,7 @@ def fit_networks(
     """Overhead, slope and terms by least squares of the relative errors, and how well they do on held-out networks.
 
     Which terms there are, and how strongly they are drawn to 0, is decided by cross-validation over the fitted
-    networks; there are none where they do not lower its error.
+    networks; there are none where they do not lower its error, and none with a weight below 0.
 
     Args:
         fitted: pairs (`parts_of`, measured seconds).
@@ -154,8 +155,6 @@ def fit_networks(
     design, seconds = _design(fitted)
     chosen, penalty = _choose(design, term_sets)
     weights = _solve(design[:, _columns(chosen)], penalty)
-    if weights[1] <= 0:  # the terms have taken the layers' part
-        chosen, weights = (), _solve(design[:, _columns(())], 0.0)
     overhead, slope, *terms = weights.tolist()
     if slope <= 0:
         return None
@@ -178,6 +177,7 @@ def _choose(design: Floats, term_sets: Sequence[Sequence[str]]) -> tuple[tuple[s
         (_left_out(design[:, _columns(terms)], penalty), tuple(terms), penalty)
         for terms in term_sets
         for penalty in PENALTIES
+        if (_solve(design[:, _columns(terms)], penalty)[1:] >= 0).all()
     ]
     error, terms, penalty = min(tried, key=lambda one: one[0], default=(line, (), 0.0))
     return (terms, penalty) if line - error > max(LEAST_GAIN * line, LEAST_ERROR) else ((), 0.0)

@@ -24,7 +24,7 @@ LARGEST_TABLE = 32 << 20
 router = APIRouter(prefix="/devices", tags=["devices"])
 SpaceKey = Annotated[Text, Field(max_length=100)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
-Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class LayerBody(Model):

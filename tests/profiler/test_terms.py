@@ -24,17 +24,13 @@ def table() -> LatencyTable:
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (CONV, {"input_bytes": 4096, "output_bytes": 1536, "weight_bytes": 4 * (16 * 24 * 9 + 2 * 24),
-                "blocked_convolution_seconds": 2.0}),
-        (DEPTHWISE, {"input_bytes": 3072, "output_bytes": 3072, "weight_bytes": 4 * (12 * 9 + 2 * 12),
-                     "ragged_depthwise_seconds": 2.0, "ragged_input_bytes": 3072, "ragged_output_bytes": 3072,
-                     "depthwise_seconds": 2.0}),
-        (LINEAR, {"input_bytes": 80, "output_bytes": 40, "weight_bytes": 4 * 210, "ragged_input_bytes": 80,
-                  "ragged_output_bytes": 40, "linear_seconds": 2.0}),
+        (CONV, {"input_bytes": 4096, "output_bytes": 1536, "weight_bytes": 4 * (16 * 24 * 9 + 2 * 24)}),
+        (DEPTHWISE, {"input_bytes": 3072, "output_bytes": 3072, "weight_bytes": 4 * (12 * 9 + 2 * 12)}),
+        (LINEAR, {"input_bytes": 80, "output_bytes": 40, "weight_bytes": 4 * 210}),
     ],
-)  # fmt: skip
+)
 def test_terms_by_their_definitions(layer: Layer, expected: dict[str, float]) -> None:
-    assert {name: value for name, term in TERMS.items() if (value := term(layer, 2.0))} == expected
+    assert {name: term(layer) for name, term in TERMS.items()} == expected
     weights = dict.fromkeys(expected, 1.0)
     assert in_network(layer, 2.0, 3.0, weights) == pytest.approx(6.0 + sum(expected.values()))
 
@@ -52,10 +48,12 @@ def measured(fit: Fit, count: int = 48, noise: float = 0.003) -> list[tuple[tupl
 
 
 def test_terms_that_a_device_has_are_found_and_lower_the_error() -> None:
-    networks = measured(Fit(1e-5, 1.2, 0, 0, 0, 0, terms={"output_bytes": 3e-9, "ragged_output_bytes": 2e-9}))
+    networks = measured(Fit(1e-5, 1.2, 0, 0, 0, 0, terms={"output_bytes": 3e-9}))
     line, terms = (fit_networks(networks[::2], networks[1::2], term_sets=sets) for sets in ((), TERM_SETS))
     assert line is not None and terms is not None  # noqa: PT018
-    assert (line.terms, {"output_bytes", "ragged_output_bytes"} <= terms.terms.keys()) == ({}, True)
+    assert line.terms == {}
+    assert sum(terms.terms.values()) == pytest.approx(3e-9, rel=0.2), "one layer's output is the next one's input"
+    assert min(terms.terms.values()) > 0
     assert terms.mean_error < 0.01 < line.mean_error
 
 
@@ -80,13 +78,13 @@ def test_a_model_with_terms_equals_the_table_to_the_last_bit_and_has_a_digest_of
         assert price.seconds == pytest.approx(price.overhead + sum(layer.seconds for layer in price.layers))
 
 
-def test_terms_that_take_the_place_of_the_layers_are_given_up_for_the_line() -> None:
-    """Networks whose time falls with the sum of their layers once the bytes are counted: no slope, so no terms."""
+def test_no_term_makes_a_network_faster() -> None:
+    """Networks that are faster the more bytes there are: the line has to do."""
     rng = np.random.default_rng(0)
-    sums = rng.uniform(1.0, 2.0, 48)
-    inputs = sums + rng.uniform(0, 0.2, 48)
+    sums, inputs = rng.uniform(1.0, 2.0, 48), rng.uniform(0.0, 1.0, 48)
     rest = (0.0,) * (len(TERMS) - 1)
-    networks = [((a, b, *rest), 5 * b - 2 * a) for a, b in zip(sums.tolist(), inputs.tolist(), strict=True)]
-    fit = fit_networks(networks[::2], networks[1::2])
-    assert fit is not None
-    assert (fit.terms, fit.slope > 0) == ({}, True)
+    for sign in (1, -1):
+        networks = [((a, b, *rest), 2 * a + sign * b) for a, b in zip(sums.tolist(), inputs.tolist(), strict=True)]
+        fit = fit_networks(networks[::2], networks[1::2])
+        assert fit is not None
+        assert (set(fit.terms), fit.slope > 0) == ({"input_bytes"} if sign > 0 else set(), True)
