@@ -5,8 +5,9 @@
     python benchmarks/latency.py --costs         entries and minutes against the error, and a plain sum of layers
 
 Layers are measured as an agent measures them, the networks of a calibration and 50 held-out random networks with them;
-16 of the held-out ones are measured once more at the end, minutes later: the mean difference is the noise floor, below
-which no table can come. Results are kept one by one in results/latency.json, and what is there is not measured again.
+the held-out ones are measured once more at the end: prices are compared with the mean of both, and the mean difference
+between the two is the noise floor. Results are kept one by one in results/latency.json; what is there is not measured
+again.
 """
 
 import argparse
@@ -20,7 +21,15 @@ from typing import Any
 import numpy as np
 from jobs import RESULTS, write
 
-from latency_profiler.calibration import FITTED, TERM_SETS, calibration_networks, fit_networks, parts_of
+from latency_profiler.calibration import (
+    FITTED,
+    PENALTIES,
+    Parts,
+    calibration_networks,
+    fit_networks,
+    parts_of,
+    sum_of_layers,
+)
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
 from latency_profiler.measuring import measure_work
 from latency_profiler.runtimes.base import Settings, open_runtime
@@ -29,7 +38,6 @@ from latency_profiler.spaces.space import Space
 
 Json = dict[str, Any]
 HELD = 50
-AGAIN = 16
 SAMPLED = 6
 DENSITIES: tuple[int | None, ...] = (4, 6, 11, None)
 
@@ -99,14 +107,13 @@ def measure(case: Case) -> Json:
     minutes = (time.perf_counter() - start) / 60
     fitted = [channels for channels, purpose in calibration_networks(space) if purpose == FITTED]
     held_out = [channels for channels, _ in calibration_networks(space, 0, HELD) if channels not in fitted]
-    first = seconds(_networks(space, fitted + held_out))
-    again = seconds(_networks(space, held_out[:AGAIN]))
-    parts = [parts_of(table, space, channels) for channels in fitted + held_out]
-    networks, at = list(zip(parts, first, strict=True)), len(fitted)
-    line, found = (
-        fit_networks(networks[:at], networks[at:], list(zip(first[at:], again, strict=False)), sets)
-        for sets in ((), TERM_SETS)
+    of_fitted, first = seconds(_networks(space, fitted)), seconds(_networks(space, held_out))
+    repeated = list(zip(first, seconds(_networks(space, held_out)), strict=True))
+    known, asked = (
+        list(zip((parts_of(table, space, one) for one in channels), took, strict=True))
+        for channels, took in ((fitted, of_fitted), (held_out, [sum(both) / 2 for both in repeated]))
     )
+    line, found = (fit_networks(known, asked, repeated, penalties) for penalties in ((), PENALTIES))
     assert line is not None and found is not None  # noqa: PT018 - times are positive and differ
     return {
         "name": "lut_error", "device": case.device, "space": space.key, "image_size": case.image_size,
@@ -114,13 +121,13 @@ def measure(case: Case) -> Json:
         "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(layers),
         "minutes": round(minutes, 2), "points": case.points, "terms": sorted(found.terms),
         "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
-        "sum_of_layers": _plain(networks[at:]), "at": time.strftime("%Y-%m-%d"),
+        "sum_of_layers": _plain(asked), "at": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
-def _plain(networks: Sequence[tuple[Sequence[float], float]]) -> Json:
+def _plain(networks: Sequence[tuple[Parts, float]]) -> Json:
     """Errors of the plain sum of layers."""
-    off = np.abs([parts[0] / seconds - 1 for parts, seconds in networks])
+    off = np.abs([sum_of_layers(parts) / seconds - 1 for parts, seconds in networks])
     return {"mean": float(off.mean()), "max": float(off.max()), "within_5": float((off <= 0.05).mean())}
 
 

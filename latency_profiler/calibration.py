@@ -6,22 +6,27 @@ say how good it is, and whether the table is trusted (`judge`).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import combinations
+from itertools import product
 
 import numpy as np
 
 from latency_profiler.lookup_table import Fit, Floats, LatencyTable
 from latency_profiler.spaces.space import CHOICES, Space
-from latency_profiler.terms import TERMS
+from latency_profiler.terms import BYTES, terms_of
 
-Parts = tuple[float, ...]
+Parts = Mapping[str, float]
+"""Name of a term → its sum over the layers of a network."""
+Penalties = tuple[float, float]
+"""Of the squared weights of bytes, and of the squared distances of families' slopes from a common one; in units of what
+each weighs in the fitted networks."""
 
 FITTED, HELD_OUT, REPEATED = "fit", "held_out", "repeated"
 """Purposes of a measured network; held-out ones are measured once more, later, for the noise floor."""
-NETWORKS = {FITTED: 32, HELD_OUT: 8}
+NETWORKS = {FITTED: 64, HELD_OUT: 8}
 """How many are measured."""
 JITTER = 5
 """Most choices that a gene lies away from its network's mean."""
@@ -30,9 +35,10 @@ MOST_MEAN_ERROR, MOST_MAX_ERROR = 0.03, 0.09
 loses little to the safety margin."""
 LEAST_HELD_OUT = 8
 """Networks without which errors are anecdotes: fewer would leave parts of the cost range unseen."""
-TERM_SETS = tuple(terms for count in range(1, len(TERMS) + 1) for terms in combinations(TERMS, count))
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Of a network's weight: how strongly the terms are drawn to 0 (ridge regression)."""
+PENALTIES: tuple[Penalties, ...] = tuple(product((1e-3, 1e-1, 1e2), (1e-3, 1e-2, 1e-1, 1.0, 1e2)))
+"""From hardly any to so much that there might as well be no such term."""
+LEAST_SLOPE = 0.5
+"""Every family's slope is this share of the common one at least: or a search would find layers that are free."""
 FOLDS = 8
 LEAST_GAIN = 0.05
 """Share by which terms must lower the error on networks that were left out, or there are none."""
@@ -119,101 +125,122 @@ def calibration_networks(
 
 
 def parts_of(table: LatencyTable, space: Space, channels: Sequence[int]) -> Parts:
-    """What a network's latency is weighed from: the sum of its layers alone, and that of each of `TERMS`.
+    """What a network's latency is weighed from: the sum over its layers of each of their terms (`terms_of`).
+
+    The terms that are families of layers are together the sum of its layers' seconds.
 
     Raises:
         MissingLatencies: a layer cannot be priced.
     """
-    alone = [table.layer(layer) for layer in space.layers(channels)]
-    terms = (sum(term(price.layer) for price in alone) for term in TERMS.values())
-    return (sum(price.seconds for price in alone), *terms)
+    parts: dict[str, float] = defaultdict(float)
+    for layer in space.layers(channels):
+        for name, value in terms_of(layer, table.layer(layer).seconds).items():
+            parts[name] += value
+    return dict(parts)
+
+
+def sum_of_layers(parts: Parts) -> float:
+    """Seconds of a network's layers together, by themselves."""
+    return sum(value for name, value in parts.items() if name not in BYTES)
 
 
 def fit_networks(
     fitted: Sequence[tuple[Parts, float]],
     held_out: Sequence[tuple[Parts, float]],
     repeated: Sequence[tuple[float, float]] = (),
-    term_sets: Sequence[Sequence[str]] = TERM_SETS,
+    penalties: Sequence[Penalties] = PENALTIES,
 ) -> Fit | None:
     """Overhead, slope and terms by least squares of the relative errors, and how well they do on held-out networks.
 
-    Which terms there are, and how strongly they are drawn to 0, is decided by cross-validation over the fitted
-    networks; there are none where they do not lower its error, and none with a weight below 0.
+    How strongly the terms are drawn to 0 is decided by cross-validation over the fitted networks; there are none where
+    they do not lower its error, and none has a weight below 0.
 
     Args:
         fitted: pairs (`parts_of`, measured seconds).
         held_out: the same, of networks that the fit must not see.
         repeated: pairs (measured, measured again), in seconds.
-        term_sets: terms to try together.
+        penalties: to try; without any there is a line.
 
     Returns:
         None where the networks determine no line: fewer than two different sums, no held-out network, or a slope
         that is not positive.
     """
-    if len({parts[0] for parts, _ in fitted}) < 2 or not held_out:
+    if len({sum_of_layers(parts) for parts, _ in fitted}) < 2 or not held_out:
         return None
-    design, seconds = _design(fitted)
-    chosen, penalty = _choose(design, term_sets)
-    weights = _solve(design[:, _columns(chosen)], penalty)
-    overhead, slope, *terms = weights.tolist()
-    if slope <= 0:
+    families = sorted({name for parts, _ in [*fitted, *held_out] for name in parts} - BYTES.keys())
+    design, _ = _design(fitted, families)
+    weights = _solve(design, _choose(design, penalties))
+    if weights[1] <= 0:
         return None
-    design, seconds = _design(held_out)
-    predicted = seconds * (design[:, _columns(chosen)] @ weights)
+    design, seconds = _design(held_out, families)
+    predicted = seconds * (design @ weights)
     errors = (predicted - seconds) / seconds
     off = np.abs(errors)
+    overhead, slope, *terms = weights.tolist()
     return Fit(
         overhead, slope, len(fitted), len(held_out), float(off.mean()), float(off.max()),
         within_5=float((off <= 0.05).mean()), within_10=float((off <= 0.1).mean()),
         spearman=_rank_correlation(predicted, seconds), bias=float(errors.mean()), noise_floor=_noise(repeated),
-        terms={name: weight for name, weight in zip(chosen, terms, strict=True) if weight},
+        terms={name: weight for name, weight in zip([*BYTES, *families], terms, strict=True) if weight},
     )  # fmt: skip
 
 
-def _choose(design: Floats, term_sets: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], float]:
-    """The terms that predict left-out networks best, and their penalty; none where a line does as well."""
-    line = _left_out(design[:, _columns(())], 0.0)
-    tried = [
-        (_left_out(design[:, _columns(terms)], penalty), tuple(terms), penalty)
-        for terms in term_sets
-        for penalty in PENALTIES
-        if (_solve(design[:, _columns(terms)], penalty)[1:] >= 0).all()
-    ]
-    error, terms, penalty = min(tried, key=lambda one: one[0], default=(line, (), 0.0))
-    return (terms, penalty) if line - error > max(LEAST_GAIN * line, LEAST_ERROR) else ((), 0.0)
+def _choose(design: Floats, penalties: Sequence[Penalties]) -> Penalties | None:
+    """The penalties that predict left-out networks best; None where a line does as well."""
+    line = _left_out(design, None)
+    tried = [(_left_out(design, one), one) for one in penalties if _solve(design, one)[1] > 0]
+    error, best = min(tried, default=(line, None))
+    return best if line - error > max(LEAST_GAIN * line, LEAST_ERROR) else None
 
 
-def _left_out(design: Floats, penalty: float) -> float:
+def _left_out(design: Floats, penalties: Penalties | None) -> float:
     """Root of the mean squared error on networks that were left out in turn, a fold at a time."""
     at = np.arange(len(design)) % FOLDS
     folds = [at == fold for fold in range(min(FOLDS, len(design)))]
-    errors = [design[fold] @ _solve(design[~fold], penalty) - 1 for fold in folds]
+    errors = [design[fold] @ _solve(design[~fold], penalties) - 1 for fold in folds]
     return float(np.sqrt(np.square(np.concatenate(errors)).mean()))
 
 
-def _solve(design: Floats, penalty: float) -> Floats:
-    """Weights of the columns by ridge regression to 1; overhead and slope, the first two, are free."""
-    norms = np.linalg.norm(design, axis=0)
-    sizes = np.where(norms > 0, norms, 1.0)
-    scaled = design / sizes
-    free = np.arange(scaled.shape[1]) < 2
-    rows = np.sqrt(np.where(free, 0.0, penalty)) * np.eye(scaled.shape[1])
-    target = np.concatenate([np.ones(len(scaled)), np.zeros(len(rows))])
-    weights, *_ = np.linalg.lstsq(np.concatenate([scaled, rows]), target, rcond=None)
-    return np.asarray(weights / sizes)
+def _solve(design: Floats, penalties: Penalties | None) -> Floats:
+    """Weights of the columns, by least squares to 1: overhead, slope, terms.
+
+    Without penalties there is a line. With them no term is negative; families have slopes of their own, which are drawn
+    to the one that would be best for all together, and not below `LEAST_SLOPE` of it.
+    """
+    target, count = np.ones(len(design)), len(BYTES)
+    if penalties is None:
+        line, *_ = np.linalg.lstsq(design[:, :2], target, rcond=None)
+        return np.append(line, np.zeros(design.shape[1] - 2))
+    of_bytes, of_slopes = penalties
+    families, together = design[:, 2 + count :], design[:, : 2 + count]
+    _, slope, *_ = _ridge(together, target, np.array([0.0, *(of_bytes for _ in range(count))]))
+    least = LEAST_SLOPE * slope
+    penalised = np.repeat([of_bytes, of_slopes], (count, families.shape[1]))
+    columns = np.column_stack([design[:, 0], design[:, 2:]])
+    drawn_to = np.where(np.arange(len(penalised)) < count, 0.0, slope - least)
+    overhead, *terms = _ridge(columns, target - least * design[:, 1], penalised, drawn_to)
+    return np.array([overhead, least, *terms])
 
 
-def _design(networks: Sequence[tuple[Parts, float]]) -> tuple[Floats, Floats]:
-    """Relative to its seconds, every network's 1, sum and terms (networks, 2 + terms); and the seconds."""
+def _ridge(design: Floats, target: Floats, penalties: Floats, drawn_to: Floats | float = 0.0) -> Floats:
+    """Weights by least squares, of the columns behind the first not negative, and drawn to somewhere."""
+    from scipy.optimize import nnls  # here, because agents do without it
+
+    # The first column stands twice, with both signs. Each penalty is a row under the design.
+    free, penalised = design[:, :1], design[:, 1:]
+    strength = np.sqrt(penalties) * np.linalg.norm(penalised, axis=0)
+    rows = np.block([[free, -free, penalised], [np.zeros((len(strength), 2)), np.diag(strength)]])
+    sizes = np.linalg.norm(rows, axis=0)
+    sizes[sizes == 0] = 1.0
+    up, down, *weights = nnls(rows / sizes, np.append(target, strength * drawn_to))[0] / sizes
+    return np.array([up - down, *weights])
+
+
+def _design(networks: Sequence[tuple[Parts, float]], families: Sequence[str]) -> tuple[Floats, Floats]:
+    """Relative to its seconds, every network's 1, sum, bytes and families (networks, 2 + terms); and the seconds."""
     seconds = np.array([measured for _, measured in networks])
-    parts = np.array([parts for parts, _ in networks])
-    return np.column_stack([np.ones(len(seconds)), parts]) / seconds[:, None], seconds
-
-
-def _columns(terms: Sequence[str]) -> list[int]:
-    """Columns of the design: overhead, slope, and these terms."""
-    names = list(TERMS)
-    return [0, 1, *(2 + names.index(term) for term in terms)]
+    parts = [[1.0, sum_of_layers(one), *(one.get(name, 0.0) for name in (*BYTES, *families))] for one, _ in networks]
+    return np.array(parts) / seconds[:, None], seconds
 
 
 def _rank_correlation(x: Floats, y: Floats) -> float | None:

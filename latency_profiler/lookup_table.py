@@ -23,7 +23,7 @@ from latency_profiler.cost import Ints
 from latency_profiler.errors import InvalidInput, MissingLatencies
 from latency_profiler.layers import Layer
 from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit, width_of
-from latency_profiler.terms import TERMS, in_network
+from latency_profiler.terms import in_network, is_term
 
 Floats = npt.NDArray[np.float64]
 Cell = tuple[int, int]
@@ -49,7 +49,7 @@ class Fit:
     without sign, the share of networks `within_5` and `within_10` %, and the mean with its sign (`bias`, positive where
     networks are faster than predicted). `spearman` is the rank correlation of predicted and measured times.
     `noise_floor` is the mean difference between two measurements of one network: no table can do better. None is
-    unknown. `terms` are weights by name (`terms.TERMS`); those that do not help are left out.
+    unknown. `terms` are weights by name (`terms_of`); those that do not help are left out.
     """
 
     overhead: float
@@ -66,7 +66,7 @@ class Fit:
     terms: Mapping[str, float] = field(default_factory=dict)
 
     def in_network(self, layer: Layer, seconds: float) -> float:
-        """Seconds that a layer adds to a network, of the seconds that it takes alone."""
+        """Seconds that a layer adds to a network, of the seconds that it takes by itself."""
         return in_network(layer, seconds, self.slope, self.terms)
 
 
@@ -268,7 +268,7 @@ class LatencyTable:
             rows = [{name: value for name, value in row.items() if name in known} for row in data["entries"]]
             entries = [Entry(**{**row, "layer": Layer.from_json(row["layer"])}) for row in rows]
             fits = {key: Fit(**fit) for key, fit in data.get("fits", {}).items()}
-            if unknown := {name for fit in fits.values() for name in fit.terms} - TERMS.keys():
+            if unknown := {name for fit in fits.values() for name in fit.terms if not is_term(name)}:
                 raise InvalidInput(f"unknown terms of a fit: {', '.join(sorted(unknown))}")
             table = cls(str(data["device"]), str(data["fingerprint"]), {e.layer.key: e for e in entries}, fits)
         except (KeyError, TypeError, AttributeError) as error:

@@ -1,12 +1,12 @@
 """Leased work → results, as they are handed in.
 
 Work is measured in groups: what is loaded at the same time is timed interleaved, and the runtime's empty run with it,
-under the same conditions. A layer's seconds are its median less the empty run's; a network keeps the call that it
-pays for once.
+under the same conditions. A layer's seconds are its median less the empty run's, or less its frame's where the runtime
+wants frames (`frames`); a network keeps the call that it pays for once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from latency_profiler.cost import Statistic, layer_parameters
 from latency_profiler.device import conditions
 from latency_profiler.errors import InvalidInput, MeasurementFailed
+from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Node
 from latency_profiler.runtimes.base import Runtime
-from latency_profiler.timing import LAYER, NETWORK, TAIL, Effort, Pace, Series, Stopwatch, Subject, Timing, interleave
+from latency_profiler.timing import NETWORK, TAIL, Pace, Series, Stopwatch, Timing, interleave
 from latency_profiler.yardstick import Yardstick
 
 Json = dict[str, Any]
@@ -27,7 +28,7 @@ GROUP_PARAMETERS = 1 << 24
 """Weights that are loaded at the same time: 64 MiB, unless one layer alone has more."""
 LONGEST_REASON = 1000
 LEAST_SECONDS = 1e-9
-"""What a layer counts that is not slower than the empty run: too little to be seen, but not nothing."""
+"""What a layer counts that takes no longer than what is left without it: too little to be seen, but not nothing."""
 
 
 def measure_work(
@@ -74,12 +75,21 @@ def yardstick_of(runtime: Runtime) -> Yardstick | None:
     return Yardstick(runtime.settings.threads) if isinstance(runtime.empty_run(), Stopwatch) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An item as it is measured: one series, and what of its seconds is not the item's own, if anything is."""
+
+    whole: Series
+    rest: Series | None
+
+
 def measure_group(runtime: Runtime, items: Sequence[Json], seed: int, yardstick: Pace | None = None) -> list[Json]:
     """Results of items that are loaded and timed together."""
     empty = Series(runtime.empty_run())
-    loaded = [_load(runtime, item) for item in items]
-    series = [empty, *(one for one in loaded if isinstance(one, Series))]
-    interleave(series, np.random.default_rng(seed), yardstick)
+    loaded = [_load(runtime, item, empty) for item in items]
+    pairs = [one for one in loaded if isinstance(one, Difference)]
+    frames = (one.rest for one in pairs if one.rest is not None and one.rest is not empty)
+    interleave([empty, *(one.whole for one in pairs), *frames], np.random.default_rng(seed), yardstick)
     name = f"{runtime.name} {runtime.version}"
     return [_result(item, one, empty, name) for item, one in zip(items, loaded, strict=True)]
 
@@ -107,31 +117,30 @@ def _better(first: Json, second: Json) -> Json:
     return best | {"conditions": {**best["conditions"], "other": kept}}
 
 
-def _load(runtime: Runtime, item: Json) -> Series | Exception:
+def _load(runtime: Runtime, item: Json, empty: Series) -> Difference | Exception:
     """An item ready to be measured, or why it cannot be."""
     try:
-        subject, effort = _subject(runtime, item), _effort(item)
+        kind, payload = item["kind"], item["payload"]
+        if kind == "network":
+            effort = TAIL if payload.get("statistic") == Statistic.P90 else NETWORK
+            return Difference(Series(runtime.load_network(_nodes(payload)), effort), None)
+        layer = _layer(item)
+        around = frame(layer) if runtime.framed else None
+        if around is None:
+            return Difference(Series(runtime.load_layer(layer)), empty)
+        without = empty if around.without is None else Series(runtime.load_network(around.without))
+        return Difference(Series(runtime.load_network(around.around)), without)
     except Exception as error:  # runtimes raise whatever they like: the reason is data
         return error
-    return Series(subject, effort)
 
 
-def _effort(item: Json) -> Effort:
-    if item["kind"] != "network":
-        return LAYER
-    return TAIL if item["payload"].get("statistic") == Statistic.P90 else NETWORK
-
-
-def _subject(runtime: Runtime, item: Json) -> Subject:
-    kind, payload = item["kind"], item["payload"]
-    if kind == "network":
-        return runtime.load_network(_nodes(payload))
-    if kind not in ("layer", "canary"):
-        raise InvalidInput(f"this agent cannot measure {kind!r}; it measures layers and networks")
-    layer = Layer.from_json(payload["layer"])
+def _layer(item: Json) -> Layer:
+    if item["kind"] not in ("layer", "canary"):
+        raise InvalidInput(f"this agent cannot measure {item['kind']!r}; it measures layers and networks")
+    layer = Layer.from_json(item["payload"]["layer"])
     if layer.key != item["key"].partition("@")[0]:
         raise InvalidInput(f"the payload of {item['key']!r} is the layer {layer.key!r}")
-    return runtime.load_layer(layer)
+    return layer
 
 
 def _nodes(payload: Json) -> list[Node]:
@@ -140,27 +149,30 @@ def _nodes(payload: Json) -> list[Node]:
     ]
 
 
-def _result(item: Json, series: Series | Exception, empty: Series, runtime: str) -> Json:
-    if isinstance(series, Exception):
-        return failure(item, f"{type(series).__name__}: {series}")
+def _result(item: Json, measured: Difference | Exception, empty: Series, runtime: str) -> Json:
+    if isinstance(measured, Exception):
+        return failure(item, f"{type(measured).__name__}: {measured}")
     try:
-        timing, nothing = series.timing(), empty.timing()
+        whole, nothing = measured.whole.timing(), empty.timing()
+        rest = None if measured.rest is None else measured.rest.timing()
     except MeasurementFailed as error:
         return failure(item, str(error))
-    fixed = 0.0 if item["kind"] == "network" else nothing.median
-    return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(timing, nothing.median, fixed, runtime)
+    return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(whole, rest, nothing.median, runtime)
 
 
-def _figures(timing: Timing, empty_run: float, fixed: float, runtime: str) -> Json:
-    """What was measured; `fixed` seconds of every run are not the item's own."""
-    facts = asdict(timing)
+def _figures(whole: Timing, rest: Timing | None, empty_run: float, runtime: str) -> Json:
+    """What was measured; the seconds of `rest` are not the item's own."""
+    facts = asdict(whole)
+    own = facts.pop("median") - (0.0 if rest is None else rest.median)
     return {
-        "seconds": max(facts.pop("median") - fixed, LEAST_SECONDS),
+        "seconds": max(own, LEAST_SECONDS),
         "iqr": facts.pop("iqr"),
-        "steady": facts.pop("steady"),
+        "steady": facts.pop("steady") and (rest is None or rest.steady),
         "values": list(facts.pop("values")),
-        "conditions": {**conditions(), "runtime": runtime, **facts, "empty_run": empty_run},
-    }
+        "conditions": {
+            **conditions(), "runtime": runtime, **facts, "empty_run": empty_run, "rest": rest and rest.median,
+        },
+    }  # fmt: skip
 
 
 def _said(reason: str) -> str:

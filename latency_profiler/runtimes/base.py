@@ -75,6 +75,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def framed(self) -> bool:
+        """Whether layers are measured between others (`frames`): where a lone one pays for an order of channels."""
+        ...
+
+    @property
     def dtypes(self) -> Sequence[str]:
         """Those of `DTYPES` that it can compute in."""
         ...

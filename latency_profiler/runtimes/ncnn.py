@@ -55,6 +55,7 @@ class Ncnn:
 
     name = "ncnn"
     version: str = ncnn.__version__
+    framed = False
     dtypes = ("float32", "bfloat16", "float16")
 
     def __init__(self, settings: Settings) -> None:

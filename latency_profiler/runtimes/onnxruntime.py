@@ -21,6 +21,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     version: str = onnxruntime.__version__
+    framed = True
     dtypes = ("float32",)  # its CPU provider has no convolution in bfloat16 or float16
 
     def __init__(self, settings: Settings) -> None:

@@ -20,6 +20,7 @@ class OpenVino:
     """Models compiled for one stream of `settings.threads` threads, optimised for a latency."""
 
     name = "openvino"
+    framed = True
     version: str = version("openvino")
 
     def __init__(self, settings: Settings) -> None:

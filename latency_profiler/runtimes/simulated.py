@@ -78,6 +78,7 @@ class Simulated:
 
     name = "simulated"
     version = "1"
+    framed = False
     dtypes = ("float32",)
 
     def __init__(self, settings: Settings, seed: int = 0) -> None:

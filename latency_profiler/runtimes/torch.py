@@ -21,6 +21,7 @@ class Torch:
     """Eager execution on `settings.threads` threads, which are set for the whole process."""
 
     name = "torch"
+    framed = False
     version: str = torch.__version__
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # float16 is computed by emulation here
 

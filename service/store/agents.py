@@ -249,10 +249,11 @@ def _fit_statistic(session: Session, device: Device, space: Space, table: Latenc
         seconds = measurements.measured_network(session, device, key, statistic)
         if seconds is None or table.missing(space.layers(channels)):
             continue
-        pairs[purpose].append((parts_of(table, space, channels), seconds))
         key = work.network_key(space, channels, REPEATED)
         again = measurements.measured_network(session, device, key, statistic)
         if purpose == HELD_OUT and again is not None:
             repeated.append((seconds, again))
+            seconds = (seconds + again) / 2
+        pairs[purpose].append((parts_of(table, space, channels), seconds))
     if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT], repeated)) is not None:
         session.merge(TableFit(table_id=device.table_id, space_key=space.key, statistic=statistic, **asdict(fit)))

@@ -3,11 +3,18 @@
 import numpy as np
 import pytest
 
-from latency_profiler.calibration import TERM_SETS, calibration_networks, fit_networks, parts_of
+from latency_profiler.calibration import (
+    PENALTIES,
+    Parts,
+    calibration_networks,
+    fit_networks,
+    parts_of,
+    sum_of_layers,
+)
 from latency_profiler.layers import Layer, Op
 from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
-from latency_profiler.terms import TERMS, in_network
+from latency_profiler.terms import BYTES, in_network, is_term, terms_of
 
 SPACE = get_space("mobilenet_v1", 16, 0.5, 10, True)
 CONV = Layer(Op.CONV, 16, 24, size=8, kernel=3, stride=2, padding=1, norm=True)
@@ -30,12 +37,14 @@ def table() -> LatencyTable:
     ],
 )
 def test_terms_by_their_definitions(layer: Layer, expected: dict[str, float]) -> None:
-    assert {name: term(layer) for name, term in TERMS.items()} == expected
-    weights = dict.fromkeys(expected, 1.0)
-    assert in_network(layer, 2.0, 3.0, weights) == pytest.approx(6.0 + sum(expected.values()))
+    assert terms_of(layer, 2.0) == expected | {layer.family: 2.0}
+    weights = dict.fromkeys(expected, 1.0) | {layer.family: 0.5, "linear-of-another-kind": 7.0}
+    assert in_network(layer, 2.0, 3.0, weights) == pytest.approx(6.0 + 1.0 + sum(expected.values()))
+    assert all(map(is_term, weights))
+    assert not is_term("convolution")
 
 
-def measured(fit: Fit, count: int = 48, noise: float = 0.003) -> list[tuple[tuple[float, ...], float]]:
+def measured(fit: Fit, count: int = 48, noise: float = 0.003) -> list[tuple[Parts, float]]:
     """Networks as a device would measure them that costs what the fit says."""
     prices, rng = table(), np.random.default_rng(1)
     channels = [channels for channels, _ in calibration_networks(SPACE, count, 1)]
@@ -47,14 +56,22 @@ def measured(fit: Fit, count: int = 48, noise: float = 0.003) -> list[tuple[tupl
     ]
 
 
+def test_the_parts_of_a_network_are_sums_over_its_layers() -> None:
+    prices, channels = table(), SPACE.channels(SPACE.largest)
+    parts = parts_of(prices, SPACE, channels)
+    layers = SPACE.layers(channels)
+    assert sum_of_layers(parts) == pytest.approx(sum(prices.layer(layer).seconds for layer in layers))
+    assert parts.keys() == BYTES.keys() | {layer.family for layer in layers}
+    assert parts["weight_bytes"] == sum(terms_of(layer, 0.0)["weight_bytes"] for layer in layers)
+
+
 def test_terms_that_a_device_has_are_found_and_lower_the_error() -> None:
-    networks = measured(Fit(1e-5, 1.2, 0, 0, 0, 0, terms={"output_bytes": 3e-9}))
-    line, terms = (fit_networks(networks[::2], networks[1::2], term_sets=sets) for sets in ((), TERM_SETS))
-    assert line is not None and terms is not None  # noqa: PT018
+    networks = measured(Fit(1e-5, 1.2, 0, 0, 0, 0, terms={"weight_bytes": 2e-10, DEPTHWISE.family: 0.9}))
+    line, found = (fit_networks(networks[::2], networks[1::2], penalties=tried) for tried in ((), PENALTIES))
+    assert line is not None and found is not None  # noqa: PT018
     assert line.terms == {}
-    assert sum(terms.terms.values()) == pytest.approx(3e-9, rel=0.2), "one layer's output is the next one's input"
-    assert min(terms.terms.values()) > 0
-    assert terms.mean_error < 0.01 < line.mean_error
+    assert min(found.terms.values()) > 0
+    assert found.mean_error < 0.01 < line.mean_error
 
 
 def test_terms_that_do_not_help_are_left_out() -> None:
@@ -68,7 +85,7 @@ def test_terms_that_do_not_help_are_left_out() -> None:
 def test_a_model_with_terms_equals_the_table_to_the_last_bit_and_has_a_digest_of_its_own() -> None:
     prices = table()
     plain = LatencyModel(prices, SPACE)
-    prices.fits[SPACE.key] = Fit(1e-5, 1.1, 0, 0, 0, 0, terms=dict.fromkeys(TERMS, 1e-9))
+    prices.fits[SPACE.key] = Fit(1e-5, 1.1, 0, 0, 0, 0, terms=dict.fromkeys(BYTES, 1e-9) | {DEPTHWISE.family: 0.3})
     model = LatencyModel(prices, SPACE)
     channels = [channels for channels, _ in calibration_networks(SPACE)]
     found = [prices.price(SPACE, one) for one in channels]
@@ -78,13 +95,26 @@ def test_a_model_with_terms_equals_the_table_to_the_last_bit_and_has_a_digest_of
         assert price.seconds == pytest.approx(price.overhead + sum(layer.seconds for layer in price.layers))
 
 
-def test_no_term_makes_a_network_faster() -> None:
-    """Networks that are faster the more bytes there are: the line has to do."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_term_makes_a_network_faster(sign: int) -> None:
+    """Bytes that make networks faster count nothing."""
     rng = np.random.default_rng(0)
     sums, inputs = rng.uniform(1.0, 2.0, 48), rng.uniform(0.0, 1.0, 48)
-    rest = (0.0,) * (len(TERMS) - 1)
-    for sign in (1, -1):
-        networks = [((a, b, *rest), 2 * a + sign * b) for a, b in zip(sums.tolist(), inputs.tolist(), strict=True)]
-        fit = fit_networks(networks[::2], networks[1::2])
-        assert fit is not None
-        assert (set(fit.terms), fit.slope > 0) == ({"input_bytes"} if sign > 0 else set(), True)
+    parts = [{"linear": a, "input_bytes": b} for a, b in zip(sums.tolist(), inputs.tolist(), strict=True)]
+    networks = [(one, 2 * one["linear"] + sign * one["input_bytes"]) for one in parts]
+    fit = fit_networks(networks[::2], networks[1::2])
+    assert fit is not None
+    assert (fit.terms.get("input_bytes", 0.0) > 0.5) == (sign > 0)
+    assert min([fit.slope, *fit.terms.values()]) > 0
+
+
+def test_no_family_of_layers_is_free() -> None:
+    """Layers that cost a network nothing are priced at half of what the others are: a search would take them all."""
+    rng = np.random.default_rng(0)
+    parts = [dict(zip(("linear", "conv", "depthwise"), rng.uniform(1, 2, 3).tolist(), strict=True)) for _ in range(48)]
+    networks = [(one, one["linear"] + one["depthwise"]) for one in parts]
+    fit = fit_networks(networks[::2], networks[1::2])
+    assert fit is not None
+    slopes = {name: fit.slope + fit.terms.get(name, 0.0) for name in parts[0]}
+    assert min(slopes, key=lambda name: slopes[name]) == "conv"
+    assert slopes["conv"] == fit.slope > 0.25 * max(slopes.values())

@@ -62,7 +62,7 @@ def test_a_profile_becomes_a_table_that_prices_the_space(
     table = LatencyTable.from_json(user.lookup_table("bench"))
     assert set(table.entries) == {layer.key for layer in plan_layers(SPACE, 3)}
     fit = table.fits[SPACE.key]
-    assert (fit.fitted_on, fit.held_out) == (32, 8)
+    assert (fit.fitted_on, fit.held_out) == (64, 8)
     rungs = [SPACE.channels(genes) for genes in SPACE.ladder]
     measured = [Simulated(Settings()).load_network(SPACE.nodes(channels)).mean for channels in rungs]
     off = [table.price(SPACE, one).seconds / seconds - 1 for one, seconds in zip(rungs, measured, strict=True)]

@@ -87,7 +87,7 @@ def test_a_moved_table_prices_and_answers_as_the_first_one(client: TestClient) -
     assert prices["bench"] == prices["second"]
     view = client.get("/v1/devices/second").json()
     assert view["fingerprint"]["facts"]["facts"] == {"cpu": "test", "threads": 1}
-    assert view["table"]["networks"] == 48
+    assert view["table"]["networks"] == 80
 
 
 def test_a_document_with_a_layer_twice_keeps_the_last_and_one_without_values_is_taken(client: TestClient) -> None:

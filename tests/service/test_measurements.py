@@ -21,7 +21,6 @@ from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
 from latency_profiler.planning import by_expected_error
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
-from latency_profiler.terms import TERMS
 from service.store import agents, datasets, devices, exchange, measurements, work
 from service.store.agents import Batch, Outcome
 from service.store.models import Job, JobState, Measurement, Profile, Upload, Work, WorkKind, WorkState
@@ -104,7 +103,7 @@ def test_a_profile_asked_for_before_the_first_agent_is_measured_and_fitted(datab
     table = load()
     fit = table.fits[SPACE.key]
     assert (fit.overhead, fit.slope) == pytest.approx((OVERHEAD, SLOPE), rel=1e-6)
-    assert (fit.fitted_on, fit.held_out) == (32, 8)
+    assert (fit.fitted_on, fit.held_out) == (64, 8)
     assert fit.max_error < 1e-9
     channels = SPACE.channels(range(7, 7 + len(SPACE.genes)))
     exact = OVERHEAD + SLOPE * sum(map(layer_seconds, SPACE.layers(channels)))
@@ -413,9 +412,9 @@ def test_a_table_survives_export_and_import(database: str) -> None:
     assert load().entries == {}
 
 
-def alone(total: float) -> tuple[float, ...]:
+def alone(total: float) -> dict[str, float]:
     """Parts of a network whose layers have nothing but seconds."""
-    return (total, *(0.0 for _ in TERMS))
+    return {"linear": total}
 
 
 def test_the_fit_weighs_relative_errors_and_refuses_what_is_no_line() -> None:
@@ -439,8 +438,8 @@ def test_calibration_networks_are_the_same_everywhere_and_spread_over_the_flops(
     space = get_space(name, 32, classes=10)
     networks = calibration_networks(space)
     assert networks == calibration_networks(space)
-    assert [purpose for _, purpose in networks] == ["fit"] * 32 + ["held_out"] * 8
-    assert len({channels for channels, _ in networks}) == 40
+    assert [purpose for _, purpose in networks] == ["fit"] * 64 + ["held_out"] * 8
+    assert len({channels for channels, _ in networks}) == 72
     model = CostModel(space)
     smallest, largest = model.flops(np.array([space.channels(space.smallest), space.channels(space.largest)]))
     for purpose in ("fit", "held_out"):
