@@ -147,14 +147,14 @@ def test_cancel_stops_a_running_job_within_seconds(submit: Callable[..., str]) -
 def test_a_hung_runner_is_killed_and_costs_an_attempt(
     submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SECATEURS_STALL_SECONDS", "6")
+    monkeypatch.setenv("SECATEURS_STALL_SECONDS", "20")
     get_settings.cache_clear()
     job_id = submit(epochs=500)
     thread = threading.Thread(target=supervise_next, args=("test", lambda: False))
     thread.start()
     until(lambda: bool(read(job_id).progress))
     runners()[0].suspend()
-    thread.join(30)
+    thread.join(90)
     job = read(job_id)
     assert job.owner is None
     assert job.error is not None
