@@ -46,7 +46,7 @@ def frame(layer: Layer) -> Frame | None:
 
 def _stems(layer: Layer) -> tuple[Node, ...]:
     """What makes a layer's input, and before that its shortcut where it has one of another width."""
-    if layer.op is Op.CONV and layer.c_in == IMAGE_CHANNELS and layer.kernel > 1:
+    if layer.op is Op.CONV and layer.c_in == IMAGE_CHANNELS and layer.kernel > 1 and not layer.residual:
         return ()
     widths = [layer.c_out, layer.c_in] if layer.residual and layer.c_out != layer.c_in else [layer.c_in]
     inputs = [STEM_CHANNELS, *widths]

@@ -32,6 +32,7 @@ def test_every_layer_of_a_space_stands_in_a_network_whose_shapes_fit(name: str) 
                 assert node.input < at
                 assert source is None or (source.c_out, source.out_size) == (node.layer.c_in, node.layer.size)
                 if node.shortcut is not None:
+                    assert node.shortcut < at
                     other = nodes[node.shortcut].layer
                     assert (other.c_out, other.out_size) == (node.layer.c_out, node.layer.out_size)
 
@@ -48,6 +49,15 @@ def test_the_shortcut_of_a_residual_layer_is_made_before_its_input() -> None:
     assert found is not None
     assert [node.layer.c_out for node in found.around] == [24, 16, 24, 24]
     assert found.around[2].shortcut == 0
+
+
+@pytest.mark.parametrize("c_out", [3, 8])
+def test_a_residual_layer_of_three_channels_does_not_read_the_image(c_out: int) -> None:
+    found = frame(Layer(Op.CONV, 3, c_out, size=4, kernel=3, padding=1, norm=True, residual=True))
+    assert found is not None
+    layer = next(node for node in found.around if node.name == "layer")
+    assert layer.input >= 0
+    assert layer.shortcut == 0
 
 
 def test_nothing_stands_before_the_layer_that_reads_the_image() -> None:
