@@ -21,8 +21,8 @@ from latency_profiler.terms import BYTES, terms_of
 Parts = Mapping[str, float]
 """Name of a term → its sum over the layers of a network."""
 Penalties = tuple[float, float]
-"""Of the squared weights of bytes, and of the squared distances of families' slopes from a common one; in units of what
-each weighs in the fitted networks."""
+"""Of the squared weights of bytes, in units of what each weighs in the fitted networks, and of the squared distances of
+families' slopes from a common one, in units of what a family weighs on average."""
 
 FITTED, HELD_OUT, REPEATED = "fit", "held_out", "repeated"
 """Purposes of a measured network; held-out ones are measured once more, later, for the noise floor."""
@@ -211,28 +211,27 @@ def _solve(design: Floats, penalties: Penalties | None) -> Floats:
     if penalties is None:
         line, *_ = np.linalg.lstsq(design[:, :2], target, rcond=None)
         return np.append(line, np.zeros(design.shape[1] - 2))
-    of_bytes, of_slopes = penalties
-    families, together = design[:, 2 + count :], design[:, : 2 + count]
-    _, slope, *_ = _ridge(together, target, np.array([0.0, *(of_bytes for _ in range(count))]))
+    weighs = np.linalg.norm(design, axis=0)[1:]
+    weighs[1 + count :] = weighs[0] / (len(weighs) - 1 - count)  # alike, so that a slope of little weight cannot roam
+    _, *strengths = np.sqrt(np.repeat([0.0, *penalties], (1, count, len(weighs) - 1 - count))) * weighs
+    _, slope, *_ = _ridge(design[:, : 2 + count], target, np.array([0.0, *strengths[:count]]))
     least = LEAST_SLOPE * slope
-    penalised = np.repeat([of_bytes, of_slopes], (count, families.shape[1]))
+    drawn_to = np.where(np.arange(len(strengths)) < count, 0.0, slope - least)
     columns = np.column_stack([design[:, 0], design[:, 2:]])
-    drawn_to = np.where(np.arange(len(penalised)) < count, 0.0, slope - least)
-    overhead, *terms = _ridge(columns, target - least * design[:, 1], penalised, drawn_to)
+    overhead, *terms = _ridge(columns, target - least * design[:, 1], np.array(strengths), drawn_to)
     return np.array([overhead, least, *terms])
 
 
-def _ridge(design: Floats, target: Floats, penalties: Floats, drawn_to: Floats | float = 0.0) -> Floats:
-    """Weights by least squares, of the columns behind the first not negative, and drawn to somewhere."""
+def _ridge(design: Floats, target: Floats, strengths: Floats, drawn_to: Floats | float = 0.0) -> Floats:
+    """Weights by least squares, of the columns behind the first not negative, and each drawn to a value."""
     from scipy.optimize import nnls  # here, because agents do without it
 
-    # The first column stands twice, with both signs. Each penalty is a row under the design.
-    free, penalised = design[:, :1], design[:, 1:]
-    strength = np.sqrt(penalties) * np.linalg.norm(penalised, axis=0)
-    rows = np.block([[free, -free, penalised], [np.zeros((len(strength), 2)), np.diag(strength)]])
+    # The first column stands twice, with both signs. Each strength is a row under the design.
+    free, drawn = design[:, :1], design[:, 1:]
+    rows = np.block([[free, -free, drawn], [np.zeros((len(strengths), 2)), np.diag(strengths)]])
     sizes = np.linalg.norm(rows, axis=0)
     sizes[sizes == 0] = 1.0
-    up, down, *weights = nnls(rows / sizes, np.append(target, strength * drawn_to))[0] / sizes
+    up, down, *weights = nnls(rows / sizes, np.append(target, strengths * drawn_to))[0] / sizes
     return np.array([up - down, *weights])
 
 

@@ -76,7 +76,9 @@ class FitView(BaseModel):
     spearman: float | None
     bias: float | None = Field(description="mean error with its sign, positive where prices are too high")
     noise_floor: float | None = Field(description="mean difference between two measurements of one network")
-    terms: dict[str, float] = Field(description="weights of what a layer costs in a network beyond its time alone")
+    terms: dict[str, float] = Field(
+        description="weights of what layers cost in a network beyond the slope: bytes, and families of layers"
+    )
     trust: Trust
     reason: str | None = Field(description="why it is not trusted")
 

@@ -212,8 +212,15 @@ def show_device(console: Console, device: Row) -> None:
     lists = {name: table.get(name) or [] for name in ("fits", "spaces")}
     shown = {key: value for key, value in device.items() if key not in ("survey", "pricing", "table")}
     show_facts(console, shown | {"table": {key: value for key, value in table.items() if key not in lists}})
+    terms = [
+        {"space_key": fit["space_key"], "statistic": fit["statistic"], "term": name, "weight": weight}
+        for fit in lists["fits"]
+        for name, weight in fit["terms"].items()
+    ]
+    fits = [{name: value for name, value in fit.items() if name != "terms"} for fit in lists["fits"]]
     sections = {
-        "table quality": lists["fits"], "spaces": lists["spaces"], "structures that have a latency": device["pricing"],
+        "table quality": fits, "terms beside the slope": terms, "spaces": lists["spaces"],
+        "structures that have a latency": device["pricing"],
         "slowest layers": seen["slowest"], "operators": seen["operators"], "coverage": seen["coverage"],
     }  # fmt: skip
     for title, rows in sections.items():
