@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latency_profiler.client import TERMINAL, Client
+from latency_profiler.device import cpu
 from latency_profiler.errors import ServiceUnreachable
 from service.commands.login import connect
 
@@ -43,7 +44,7 @@ def write(name: str, content: Json) -> Path:
     """A result file, with the machine and the Python that it was measured with."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps(content | {"machine": platform.machine(), "python": platform.python_version()}, indent=1)
+    text = json.dumps(content | {"machine": cpu(), "python": platform.python_version()}, indent=1)
     path.write_text(text + "\n")
     return path
 

@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                 the short form, under 10 minutes
     python benchmarks/latency.py --full          every setting, space and image size
+    python benchmarks/latency.py --full --only openvino
     python benchmarks/latency.py --costs         entries and minutes against the error, and a plain sum of layers
 
 Layers are measured as an agent measures them, the networks of a calibration and 50 held-out random networks with them;
@@ -30,6 +31,7 @@ from latency_profiler.calibration import (
     parts_of,
     sum_of_layers,
 )
+from latency_profiler.device import conditions, cpu
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
 from latency_profiler.measuring import measure_work
 from latency_profiler.runtimes.base import Settings, open_runtime
@@ -81,10 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the lines whose name has this in it")
     options = parser.parse_args()
     path = RESULTS / "latency.json"
     lines: Json = json.loads(path.read_text())["lines"] if path.exists() else {}
     for case in FULL if options.full else COSTS if options.costs else SHORT:
+        if options.only not in case.name:
+            continue
         if case.name not in lines:
             lines[case.name] = measure(case)
             write("latency", {"lines": lines})
@@ -121,7 +126,7 @@ def measure(case: Case) -> Json:
         "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(layers),
         "minutes": round(minutes, 2), "points": case.points, "terms": sorted(found.terms),
         "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
-        "sum_of_layers": _plain(asked), "at": time.strftime("%Y-%m-%d"),
+        "sum_of_layers": _plain(asked), "cpu": cpu(), "load": conditions()["load"], "at": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 

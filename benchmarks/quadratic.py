@@ -30,6 +30,7 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 from latency_profiler.cost import Constraint, Metric, flops
+from latency_profiler.device import cpu
 from latency_profiler.spaces.registry import get_space
 from service import images
 from workers.budget import Budget
@@ -61,7 +62,7 @@ def main() -> None:
     about = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": cpu(),
         "threads": 1,
     }
     found = []

@@ -24,6 +24,7 @@ import reference
 import torch
 
 from latency_profiler.cost import Constraint, Metric
+from latency_profiler.device import cpu
 from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable, plan_layers
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
@@ -63,7 +64,7 @@ def main() -> None:
     found += [*_search(found[-1]["ours"]), *_two_workers()]
     about = {
         "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__,
-        "machine": platform.machine(), "threads": 1, "space": SPACE.key, "flops": BUDGET, "batch": SETTINGS.batch_size,
+        "machine": cpu(), "threads": 1, "space": SPACE.key, "flops": BUDGET, "batch": SETTINGS.batch_size,
         "rounds": options.rounds, "environment": RUNNER_ENVIRONMENT,
     }  # fmt: skip
     (HERE / "results").mkdir(exist_ok=True)

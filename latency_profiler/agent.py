@@ -153,7 +153,7 @@ class Agent:
         try:
             results = measure_groups(
                 self._bench.measure, lease.items, self._rng,
-                lambda: self._may_go_on(until), lambda: not self.stop.is_set(),
+                lambda: self._may_go_on(until), lambda: not self.stop.is_set(), self.stop.wait,
             )  # fmt: skip
         finally:
             self._turn.give_back()

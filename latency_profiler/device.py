@@ -77,7 +77,7 @@ def fingerprint(runtime: Runtime) -> Fingerprint:
     """What this machine is when it computes with a runtime."""
     settings = runtime.settings
     return Fingerprint(
-        cpu=_cpu(),
+        cpu=cpu(),
         cores=os.cpu_count() or 1,
         memory_gib=round(psutil.virtual_memory().total / GIB),
         os=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
@@ -114,7 +114,7 @@ def conditions() -> dict[str, Any]:
 
 
 @lru_cache
-def _cpu() -> str:
+def cpu() -> str:
     """The CPU's model; asked once, since it takes a second."""
     return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or "unknown")
 

@@ -3,8 +3,13 @@
 Work is measured in groups: what is loaded at the same time is timed interleaved, and the runtime's empty run with it,
 under the same conditions. A layer's seconds are its median less the empty run's, or less its frame's where the runtime
 wants frames (`frames`); a network keeps the call that it pays for once.
+
+A machine that others share is slower for some seconds and fast again, and a network is slower or faster for as long as
+its weights lie where they lie. Layers are so many that this cancels. A network is loaded and measured in several
+*visits* that lie apart, and the middle one counts.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +23,7 @@ from latency_profiler.errors import InvalidInput, MeasurementFailed
 from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Node
 from latency_profiler.runtimes.base import Runtime
-from latency_profiler.timing import NETWORK, TAIL, Pace, Series, Stopwatch, Timing, interleave
+from latency_profiler.timing import DIGITS, NETWORK, TAIL, Pace, Series, Stopwatch, Timing, interleave
 from latency_profiler.yardstick import Yardstick
 
 Json = dict[str, Any]
@@ -27,6 +32,10 @@ GROUP_SIZE = 8
 GROUP_PARAMETERS = 1 << 24
 """Weights that are loaded at the same time: 64 MiB, unless one layer alone has more."""
 LONGEST_REASON = 1000
+VISITS = 3
+"""Of each network; odd, so that there is a middle one."""
+APART = 2.0
+"""Seconds from one visit to the next, at least, where the machine is one that others share."""
 LEAST_SECONDS = 1e-9
 """What a layer counts that takes no longer than what is left without it: too little to be seen, but not nothing."""
 
@@ -44,30 +53,38 @@ def measure_groups(
     rng: np.random.Generator,
     go_on: Callable[[], bool] = lambda: True,
     again: Callable[[], bool] = lambda: True,
+    wait: Callable[[float], object] = time.sleep,
 ) -> list[Json]:
     """Results of leased items, in a shuffled order, so that a drift of the machine is no slope over widths.
 
-    What was unsteady is measured once more when all else is done: the disturbance may be over.
+    When all is done once, networks are visited again, and layers that were unsteady: the disturbance may be over.
 
     Args:
         measure: gives the results of items that are loaded at the same time, and a seed.
         items: `{"work_id", "kind", "key", "payload"}` each.
         rng: shuffles.
         go_on: asked before every group but the first; what is left out has no result.
-        again: asked before every group of unsteady items.
+        again: asked before every group that was measured before.
+        wait: passes some seconds between visits.
     """
-    results: dict[int, Json] = {}
+    began, visits = time.monotonic(), dict[int, list[Json]]()
     for group in _groups([items[i] for i in rng.permutation(len(items))]):
-        if results and not go_on():
+        if visits and not go_on():
             break
-        results |= _by_id(measure(group, _seed(rng)))
-    unsteady = [item for item in items if not results.get(item["work_id"], {}).get("steady", True)]
-    for group in _groups(unsteady):
-        if not again():
-            break
-        for work_id, second in _by_id(measure(group, _seed(rng))).items():
-            results[work_id] = _better(results[work_id], second)
-    return list(results.values())
+        for result in measure(group, _seed(rng)):
+            visits[result["work_id"]] = [result]
+    for _ in range(1, VISITS):
+        more = [item for item in items if _visited_again(item, visits.get(item["work_id"], []))]
+        if any(item["kind"] == "network" and _shared(visits[item["work_id"]][0]) for item in more):
+            wait(max(0.0, began + APART - time.monotonic()))
+        began = time.monotonic()
+        for group in _groups(more):
+            if not again():
+                break
+            for result in measure(group, _seed(rng)):
+                visits[result["work_id"]].append(result)
+    asked = {item["work_id"]: item for item in items}
+    return [_middle(results, asked[work_id]) for work_id, results in visits.items()]
 
 
 def yardstick_of(runtime: Runtime) -> Yardstick | None:
@@ -91,7 +108,8 @@ def measure_group(runtime: Runtime, items: Sequence[Json], seed: int, yardstick:
     frames = (one.rest for one in pairs if one.rest is not None and one.rest is not empty)
     interleave([empty, *(one.whole for one in pairs), *frames], np.random.default_rng(seed), yardstick)
     name = f"{runtime.name} {runtime.version}"
-    return [_result(item, one, empty, name) for item, one in zip(items, loaded, strict=True)]
+    best = None if yardstick is None else yardstick.best
+    return [_result(item, one, empty, name, best) for item, one in zip(items, loaded, strict=True)]
 
 
 def failure(item: Json, reason: str) -> Json:
@@ -103,18 +121,35 @@ def _seed(rng: np.random.Generator) -> int:
     return int(rng.integers(1 << 32))
 
 
-def _by_id(results: Sequence[Json]) -> dict[int, Json]:
-    return {result["work_id"]: result for result in results}
+def _visited_again(item: Json, results: Sequence[Json]) -> bool:
+    """Whether a network has a result, or a layer a single one that is unsteady."""
+    if not results or any("error" in result for result in results):
+        return False
+    return item["kind"] == "network" or (len(results) == 1 and not results[0]["steady"])
 
 
-def _better(first: Json, second: Json) -> Json:
-    """Of two measurements the one with the surer median; it keeps the other's values among its conditions."""
-    if "error" in second:
-        return first
-    spread = [one["iqr"] / len(one["values"]) ** 0.5 for one in (first, second)]
-    best, other = (second, first) if second["steady"] or spread[1] < spread[0] else (first, second)
-    kept = {name: other[name] for name in ("seconds", "iqr", "steady", "values")} | {"at": other["conditions"]["at"]}
-    return best | {"conditions": {**best["conditions"], "other": kept}}
+def _shared(result: Json) -> bool:
+    """Whether this was measured on a machine that can be disturbed: only that has a yardstick."""
+    return result.get("conditions", {}).get("yardstick") is not None
+
+
+def _middle(results: Sequence[Json], item: Json) -> Json:
+    """The middle of several visits, or the surer of two; the others' values are kept among its conditions."""
+    right = [result for result in results if "error" not in result]
+    if len(right) < 2:
+        return (right or results)[0]
+    if len(right) == 2:
+        best = min(right, key=lambda one: (not one["steady"], one["iqr"] / len(one["values"]) ** 0.5))
+    else:
+        tail = item["payload"].get("statistic") == Statistic.P90
+        best = sorted(right, key=lambda one: one["conditions"]["p90"] if tail else one["seconds"])[len(right) // 2]
+    kept = [
+        {name: one[name] for name in ("seconds", "iqr", "steady")}
+        | {"values": [round(value, DIGITS) for value in one["values"]], "at": one["conditions"]["at"]}
+        for one in right
+        if one is not best
+    ]
+    return best | {"conditions": {**best["conditions"], "others": kept}}
 
 
 def _load(runtime: Runtime, item: Json, empty: Series) -> Difference | Exception:
@@ -149,7 +184,7 @@ def _nodes(payload: Json) -> list[Node]:
     ]
 
 
-def _result(item: Json, measured: Difference | Exception, empty: Series, runtime: str) -> Json:
+def _result(item: Json, measured: Difference | Exception, empty: Series, runtime: str, yardstick: float | None) -> Json:
     if isinstance(measured, Exception):
         return failure(item, f"{type(measured).__name__}: {measured}")
     try:
@@ -157,10 +192,11 @@ def _result(item: Json, measured: Difference | Exception, empty: Series, runtime
         rest = None if measured.rest is None else measured.rest.timing()
     except MeasurementFailed as error:
         return failure(item, str(error))
-    return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(whole, rest, nothing.median, runtime)
+    about = conditions() | {"runtime": runtime, "yardstick": yardstick, "empty_run": nothing.median}
+    return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(whole, rest, about)
 
 
-def _figures(whole: Timing, rest: Timing | None, empty_run: float, runtime: str) -> Json:
+def _figures(whole: Timing, rest: Timing | None, about: Json) -> Json:
     """What was measured; the seconds of `rest` are not the item's own."""
     facts = asdict(whole)
     own = facts.pop("median") - (0.0 if rest is None else rest.median)
@@ -169,10 +205,8 @@ def _figures(whole: Timing, rest: Timing | None, empty_run: float, runtime: str)
         "iqr": facts.pop("iqr"),
         "steady": facts.pop("steady") and (rest is None or rest.steady),
         "values": list(facts.pop("values")),
-        "conditions": {
-            **conditions(), "runtime": runtime, **facts, "empty_run": empty_run, "rest": rest and rest.median,
-        },
-    }  # fmt: skip
+        "conditions": {**about, **facts, "rest": rest and rest.median},
+    }
 
 
 def _said(reason: str) -> str:

@@ -81,6 +81,11 @@ class Stopwatch:
 class Pace(Protocol):
     """Tells whether the machine is undisturbed."""
 
+    @property
+    def best(self) -> float:
+        """Seconds that its own piece of work takes undisturbed: how fast the machine is."""
+        ...
+
     def settle(self, until: float) -> bool:
         """Wait for a quiet moment until the clock says so; whether there is one."""
         ...

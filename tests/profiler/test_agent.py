@@ -20,7 +20,7 @@ from latency_profiler.agent import Agent, Options
 from latency_profiler.device import fingerprint
 from latency_profiler.errors import InvalidInput, ServiceError, ServiceUnreachable
 from latency_profiler.layers import Activation, Layer, Op
-from latency_profiler.measuring import GROUP_SIZE, failure, measure_groups, measure_work
+from latency_profiler.measuring import APART, GROUP_SIZE, failure, measure_groups, measure_work
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import EMPTY_SECONDS, Simulated
 from latency_profiler.spaces.registry import get_space
@@ -91,7 +91,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Agen
 
 
 Start = Callable[..., Agent]
-LARGEST_FACTS = 16 << 10
+LARGEST_FACTS = 32 << 10
 """Bytes of conditions that the service takes."""
 
 
@@ -295,10 +295,58 @@ def test_what_is_unsteady_is_measured_again_when_all_else_is_done(unsteady: int)
     assert len(measure.calls) == len(items) + 1
     result = results[3]
     assert (result["seconds"], result["steady"]) == (2.0, unsteady == 1), "the surer one stands, flagged if unsteady"
-    assert result["conditions"]["other"] == {
-        "seconds": 1.0, "iqr": 0.5, "steady": False, "values": [1.0], "at": "time 1",
-    }  # fmt: skip
-    assert "other" not in results[4]["conditions"]
+    other = {"seconds": 1.0, "iqr": 0.5, "steady": False, "values": [1.0], "at": "time 1"}
+    assert result["conditions"]["others"] == [other]
+    assert "others" not in results[4]["conditions"]
+
+
+class Moody:
+    """Measures networks in times that are told; None is a failure."""
+
+    def __init__(self, *times: tuple[float, float] | None, yardstick: float | None = None) -> None:
+        self.times, self.yardstick = list(times), yardstick
+
+    def __call__(self, items: Sequence[Json], seed: int) -> list[Json]:
+        assert len(items) == 1
+        if (told := self.times.pop(0)) is None:
+            return [failure(items[0], "lost")]
+        conditions = {"at": "now", "p90": told[1], "yardstick": self.yardstick}
+        figures = {"seconds": told[0], "iqr": 0.0, "steady": True, "values": [told[0]], "conditions": conditions}
+        return [{"work_id": items[0]["work_id"], **figures}]
+
+
+def test_the_middle_of_three_visits_is_a_networks_time() -> None:
+    measure = Moody((1.0, 9.0), (3.0, 4.0), (2.0, 8.0))
+    [result] = measure_groups(measure, [network_item(1)], np.random.default_rng(0))
+    assert (result["seconds"], measure.times) == (2.0, [])
+    assert [one["values"] for one in result["conditions"]["others"]] == [[1.0], [3.0]]
+
+
+def test_where_a_percentile_decides_visits_are_ordered_by_it() -> None:
+    item = network_item(1)
+    item["payload"]["statistic"] = "p90"
+    [result] = measure_groups(Moody((1.0, 9.0), (3.0, 4.0), (2.0, 8.0)), [item], np.random.default_rng(0))
+    assert result["conditions"]["p90"] == 8.0
+    [result] = measure_groups(Moody((1.0, 7.0), (3.0, 4.0), (2.0, 8.0)), [item], np.random.default_rng(0))
+    assert result["conditions"]["p90"] == 7.0
+
+
+@pytest.mark.parametrize(("yardstick", "apart"), [(None, 0), (1e-4, 2)])
+def test_visits_lie_apart_where_others_can_disturb(yardstick: float | None, apart: int) -> None:
+    waited = list[float]()
+    measure = Moody(*[(1.0, 1.0)] * 3, yardstick=yardstick)
+    measure_groups(measure, [network_item(1)], np.random.default_rng(0), wait=waited.append)
+    assert waited == pytest.approx([APART - 0.1] * apart, abs=0.1)
+
+
+def test_visits_end_when_one_fails_or_the_agent_is_stopped() -> None:
+    [result] = measure_groups(Moody((1.0, 1.0), None), [network_item(1)], np.random.default_rng(0))
+    assert result["seconds"] == 1.0
+    [result] = measure_groups(Moody(None), [network_item(1)], np.random.default_rng(0))
+    assert result["error"] == "lost"
+    stopped = Moody((1.0, 1.0))
+    [result] = measure_groups(stopped, [network_item(1)], np.random.default_rng(0), again=lambda: False)
+    assert result["seconds"] == 1.0
 
 
 def test_a_second_measurement_that_fails_or_has_no_time_leaves_the_first() -> None:

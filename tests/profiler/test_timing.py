@@ -167,6 +167,7 @@ class Neighbour:
 
     looks: list[bool]
     patient: bool = True
+    best = 1e-3
 
     def quiet(self) -> bool:
         return self.looks.pop(0) if self.looks else True
