@@ -5,10 +5,10 @@
     python benchmarks/latency.py --full --only openvino
     python benchmarks/latency.py --costs         entries and minutes against the error, and a plain sum of layers
 
-Layers are measured as an agent measures them, the networks of a calibration and 50 held-out random networks with them;
-the held-out ones are measured once more at the end: prices are compared with the mean of both, and the mean difference
-between the two is the noise floor. Results are kept one by one in results/latency.json; what is there is not measured
-again.
+Layers are measured as an agent measures them, and their grid is refined as the service does it; then the networks of a
+calibration and 50 held-out random ones. The held-out ones are measured once more at the end: prices are compared with
+the mean of both, and the mean difference between the two is the noise floor. Results are kept one by one in
+results/latency.json; what is there is not measured again.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from latency_profiler.calibration import (
 from latency_profiler.device import conditions, cpu
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
 from latency_profiler.measuring import measure_work
+from latency_profiler.planning import refinement
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -106,9 +107,14 @@ def measure(case: Case) -> Json:
         results = {result["work_id"]: result["seconds"] for result in measure_work(runtime, items, rng)}
         return [results[at] for at in range(len(items))]
 
-    layers = plan_layers(space, case.points)
-    took = seconds([_item(at, "layer", layer.key, {"layer": layer.to_json()}) for at, layer in enumerate(layers)])
-    table = LatencyTable("bench", "", {layer.key: Entry(layer, one) for layer, one in zip(layers, took, strict=True)})
+    table, first = LatencyTable("bench", ""), plan_layers(space, case.points)
+    layers = first
+    while layers:
+        items = [_item(at, "layer", layer.key, {"layer": layer.to_json()}) for at, layer in enumerate(layers)]
+        for layer, took in zip(layers, seconds(items), strict=True):
+            table.add(Entry(layer, took))
+        room = 2 * len(first) - len(table.entries)
+        layers = refinement(space, case.points, table, room) if case.points else []
     minutes = (time.perf_counter() - start) / 60
     fitted = [channels for channels, purpose in calibration_networks(space) if purpose == FITTED]
     held_out = [channels for channels, _ in calibration_networks(space, 0, HELD) if channels not in fitted]
@@ -123,8 +129,9 @@ def measure(case: Case) -> Json:
     return {
         "name": "lut_error", "device": case.device, "space": space.key, "image_size": case.image_size,
         "networks": found.held_out, "mean": found.mean_error, "max": found.max_error, "within_5": found.within_5,
-        "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(layers),
-        "minutes": round(minutes, 2), "points": case.points, "terms": sorted(found.terms),
+        "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(table.entries),
+        "refined": len(table.entries) - len(first), "minutes": round(minutes, 2), "points": case.points,
+        "terms": sorted(found.terms),
         "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
         "sum_of_layers": _plain(asked), "cpu": cpu(), "load": conditions()["load"], "at": time.strftime("%Y-%m-%d"),
     }  # fmt: skip

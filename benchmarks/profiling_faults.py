@@ -44,7 +44,7 @@ PLACED = (ASKED, GIVEN, ARRIVED, STORED)
 PHASES = (STARTING, MEASURING, *PLACED)
 SHOWN = 5
 """Keys that are named where a table differs."""
-PROFILE = {"space": "mobilenet_v1", "image_size": 32, "width": 0.5, "classes": 10, "points": 12}
+PROFILE = {"space": "mobilenet_v1", "image_size": 32, "width": 0.5, "classes": 10, "points": 12, "refine": False}
 LEASE_SECONDS = "4"
 LATEST = 6.0
 """Seconds after an agent's start within which a kill at a random time falls."""

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from latency_profiler.cost import Ints
 from latency_profiler.errors import InvalidInput, MissingLatencies
 from latency_profiler.layers import Layer
-from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit, width_of
+from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit
 from latency_profiler.terms import in_network, is_term
 
 Floats = npt.NDArray[np.float64]
@@ -293,9 +293,9 @@ class LatencyModel:
         self._overhead, self._slots = fit.overhead, space.slots
         matrices: dict[tuple[str, Slot, Slot], Matrix] = {}
         for unit in space.units:
-            if (kind := _kind(unit)) not in matrices:
-                matrices[kind] = _matrix(table, unit, fit)
-        self._units = [(unit.source, unit.target, matrices[_kind(unit)]) for unit in space.units]
+            if unit.kind not in matrices:
+                matrices[unit.kind] = _matrix(table, unit, fit)
+        self._units = [(unit.source, unit.target, matrices[unit.kind]) for unit in space.units]
 
     @property
     def digest(self) -> str:
@@ -307,7 +307,7 @@ class LatencyModel:
 
     def knows(self, channels: Ints) -> npt.NDArray[np.bool_]:
         """Which (n,) of channels (n, s) have only widths that are choices of the space."""
-        known = [np.isin(channels[:, slot.index], _slot_widths(slot)) for slot in self._slots]
+        known = [np.isin(channels[:, slot.index], slot.widths()) for slot in self._slots]
         return np.all(known, axis=0)  # type: ignore[no-any-return]
 
     def seconds(self, channels: Ints) -> Floats:
@@ -332,53 +332,33 @@ def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
         points: widths per slot, spread over its 31 choices; the rest is interpolated. None plans every choice. Fixed
             slots are planned like genes, since the uniform network scales them too.
     """
-    every = range(CHOICES)
-    sampled = every if points is None else sorted({round(x) for x in np.linspace(0, CHOICES - 1, points)})
-    layers: dict[Layer, None] = {}
+    sampled, layers = spread(points), dict[Layer, None]()
     for unit in space.units:
-        choices = every if unit.source is unit.target else sampled
+        choices = range(CHOICES) if unit.tied else sampled
         for i, j in product(choices, choices):
-            layer = _unit_layer(unit, _slot_width(unit.source, i), _slot_width(unit.target, j))
-            if unit.source is not unit.target or i == j:
-                layers[layer] = None
+            if not unit.tied or i == j:
+                layers[unit.at(unit.source.at(i), unit.target.at(j))] = None
     return list(layers)
 
 
-def _slot_width(slot: Slot, choice: int) -> int:
-    return slot.base if slot.index is None else width_of(slot.base, choice)
-
-
-def _unit_layer(unit: Unit, c_in: int, c_out: int) -> Layer:
-    """The unit's layer at two widths."""
-    source = Slot("", c_in, None)
-    target = source if unit.source is unit.target else Slot("", c_out, None)
-    return replace(unit, source=source, target=target).layer(())
-
-
-def _kind(unit: Unit) -> tuple[str, Slot, Slot]:
-    """What a unit's matrix depends on: repeated blocks share theirs."""
-    return f"{unit.features}*{_unit_layer(unit, 1, 1).family}", unit.source, unit.target
+def spread(points: int | None) -> list[int]:
+    """So many choices, spread over all; None is every one."""
+    return sorted({round(x) for x in np.linspace(0, CHOICES - 1, points or CHOICES)})
 
 
 def _matrix(table: LatencyTable, unit: Unit, fit: Fit) -> Matrix:
     """Row of each source width, column of each target width, and the seconds in a network at (row, column)."""
-    sources, targets = _slot_widths(unit.source), _slot_widths(unit.target)
-    family = table._families.get(_unit_layer(unit, 1, 1).family)
+    sources, targets = unit.source.widths(), unit.target.widths()
+    family = table._families.get(unit.at(1, 1).family)
     seconds = np.full((len(sources), len(targets)), np.nan)
     for (i, c_in), (j, c_out) in product(enumerate(sources), enumerate(targets)):
-        if unit.source is not unit.target or i == j:
-            layer = _unit_layer(unit, c_in, c_out)
+        if not unit.tied or i == j:
+            layer = unit.at(c_in, c_out)
             price = family.price(layer.c_in, c_out) if family else None
             if price is None:
                 raise MissingLatencies([layer.key])
             seconds[i, j] = fit.in_network(layer, price)
     return _positions(sources), _positions(targets), seconds
-
-
-def _slot_widths(slot: Slot) -> list[int]:
-    if slot.index is None:
-        return [slot.base]
-    return sorted({width_of(slot.base, choice) for choice in range(31)})
 
 
 def _positions(widths: list[int]) -> Ints:

@@ -5,21 +5,31 @@ quarters the error of a smooth interpolation, and an error counts by the layer's
 layer's expected error is its multiply-adds, times its places in the network, over 4 to the power of its *level*: how
 often the range of widths was halved before its width is reached. Layers of about one error are shuffled, so that a
 drift of the machine is no slope over widths.
+
+When a grid of widths is measured, its points say where interpolation fails: kernels have steps, at multiples of 8 or
+16 channels or where a cache is full. Where a point lies far from the line between its neighbours, the gaps on both of
+its sides are halved (`refinement`), again and again until lines hold, or the difference is too small to matter.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from itertools import pairwise
 
 import numpy as np
 
 from latency_profiler.cost import layer_flops
 from latency_profiler.layers import Layer
-from latency_profiler.spaces.space import CHOICES, Slot, Space, width_of
+from latency_profiler.lookup_table import Floats, LatencyTable, spread
+from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit
 
 Point = tuple[int, int]
 Levels = dict[int, int]
+REFINED_ERROR = 0.05
+"""Gaps are halved where a measured layer differs from the line between its neighbours by this share of its time,"""
+REFINED_SHARE = 0.005
+"""and, in all of its places together, by this share of a network's."""
 
 
 def by_expected_error(space: Space, layers: Sequence[Layer], seed: int = 0) -> list[Layer]:
@@ -44,14 +54,10 @@ def by_expected_error(space: Space, layers: Sequence[Layer], seed: int = 0) -> l
 
 def _levels(points: AbstractSet[Point], features: int, source: Slot, target: Slot) -> dict[Point, int]:
     """Level of each planned point that one place of the network can have."""
-    inputs, outputs = {features * width for width in _widths(source)}, _widths(target)
+    inputs, outputs = {features * width for width in source.widths()}, set(target.widths())
     here = [(c_in, c_out) for c_in, c_out in points if c_in in inputs and c_out in outputs]
     by_input, by_output = (_halved(sorted({point[side] for point in here})) for side in (0, 1))
     return {(c_in, c_out): max(by_input[c_in], by_output[c_out]) for c_in, c_out in here}
-
-
-def _widths(slot: Slot) -> set[int]:
-    return {slot.base} if slot.index is None else {width_of(slot.base, choice) for choice in range(CHOICES)}
 
 
 def _halved(widths: Sequence[int]) -> Levels:
@@ -62,3 +68,75 @@ def _halved(widths: Sequence[int]) -> Levels:
         levels |= {widths[middle]: level for _, middle, _ in split}
         gaps, level = [gap for low, middle, high in split for gap in ((low, middle), (middle, high))], level + 1
     return levels
+
+
+def refinement(space: Space, points: int, table: LatencyTable, most: int) -> list[Layer]:
+    """What else to measure when the grid of so many points is measured, and what was refined before.
+
+    Args:
+        space: whose layers.
+        points: widths per slot of the first grid.
+        table: what was measured.
+        most: layers; places whose prices are furthest off come first.
+
+    Raises:
+        MissingLatencies: the table does not price the space.
+    """
+    middle = space.layers(space.channels([CHOICES // 2] * len(space.genes)))
+    matters = REFINED_SHARE * sum(table.layer(layer).seconds for layer in middle)
+    places, units = Counter(unit.kind for unit in space.units), {unit.kind: unit for unit in space.units}
+    found = [_refined(unit, spread(points), table, matters / places[kind]) for kind, unit in units.items()]
+    wanted = dict[Layer, None]()
+    for _, layers in sorted(found, key=lambda one: -one[0]):
+        new = [layer for layer in layers if layer not in wanted]
+        if len(wanted) + len(new) <= most:
+            wanted |= dict.fromkeys(new)
+    return list(wanted)
+
+
+def _refined(unit: Unit, start: Sequence[int], table: LatencyTable, matters: float) -> tuple[float, list[Layer]]:
+    """The largest error of a place's lines, in seconds, and the layers that would mend it."""
+    if unit.tied:
+        return 0.0, []
+    axes = [_axis(unit, side, start, table) for side in (0, 1)]
+    measured = [[table.entries.get(unit.at(*point).key) for point in row] for row in _grid(unit, axes)]
+    if any(entry is None for row in measured for entry in row):  # it could not be measured
+        return 0.0, []
+    seconds = np.array([[entry.seconds for entry in row if entry] for row in measured])
+    worst, finer = 0.0, list[list[int]]()
+    for slot, axis, times in ((unit.source, axes[0], seconds), (unit.target, axes[1], seconds.T)):
+        errors = _errors(np.array([slot.at(choice) for choice in axis]), times)
+        wrong = (errors > matters) & (errors > REFINED_ERROR * (times[:-1] + times[1:]).mean(1) / 2)
+        halves = {(low + high) // 2 for (low, high), is_wrong in zip(pairwise(axis), wrong, strict=True) if is_wrong}
+        known = {slot.at(choice) for choice in axis}
+        finer.append(sorted({*axis, *(choice for choice in halves if slot.at(choice) not in known)}))
+        worst = max(worst, *errors[wrong], 0.0)
+    layers = (unit.at(*point) for row in _grid(unit, finer) for point in row)
+    return worst, [layer for layer in layers if layer.key not in table.entries]
+
+
+def _axis(unit: Unit, side: int, start: Sequence[int], table: LatencyTable) -> list[int]:
+    """Choices of one side that were measured with all of the first grid's on the other; one for each width."""
+    slots = (unit.source, unit.target)
+    others = {slots[1 - side].at(choice) for choice in start}
+    widths = {slots[side].at(choice): choice for choice in reversed(range(CHOICES))}
+    first = {slots[side].at(choice) for choice in start}
+    return [
+        choice
+        for width, choice in sorted(widths.items())
+        if width in first
+        or all(unit.at(*((width, other), (other, width))[side]).key in table.entries for other in others)
+    ]
+
+
+def _grid(unit: Unit, axes: Sequence[Sequence[int]]) -> list[list[Point]]:
+    """Widths of every pair of choices, as rows of the first axis."""
+    return [[(unit.source.at(i), unit.target.at(j)) for j in axes[1]] for i in axes[0]]
+
+
+def _errors(widths: Floats, seconds: Floats) -> Floats:
+    """Of n - 1 gaps between rows (n, m): how far their ends are off the lines between the rows beside, in seconds."""
+    share = ((widths[1:-1] - widths[:-2]) / (widths[2:] - widths[:-2]))[:, None]
+    off = np.abs((1 - share) * seconds[:-2] + share * seconds[2:] - seconds[1:-1]).mean(1)
+    ends: Floats = np.maximum(np.append(off, 0.0), np.insert(off, 0, 0.0))
+    return ends if len(widths) > 1 else off

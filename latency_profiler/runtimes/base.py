@@ -25,7 +25,7 @@ from latency_profiler.tensors import Array
 from latency_profiler.timing import Stopwatch, Subject
 
 GROUP = "secateurs.runtimes"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 """What activations and weights may be; a runtime says which of them it computes in."""
 
 

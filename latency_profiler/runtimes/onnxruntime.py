@@ -11,6 +11,7 @@ import onnxruntime
 
 from latency_profiler.graphs import INPUT_NAMES, OUTPUT_NAME, build_model, empty_model
 from latency_profiler.layers import Layer, Node
+from latency_profiler.quantising import quantised
 from latency_profiler.runtimes.base import Loaded, Settings
 from latency_profiler.spaces.space import IMAGE
 from latency_profiler.tensors import Array, output_shape, random_inputs, single
@@ -22,7 +23,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     version: str = onnxruntime.__version__
     framed = True
-    dtypes = ("float32",)  # its CPU provider has no convolution in bfloat16 or float16
+    dtypes = ("float32", "int8")  # its CPU provider has no convolution in bfloat16 or float16
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -36,7 +37,9 @@ class OnnxRuntime:
         """A whole network as one graph."""
         batch = self.settings.batch
         output = np.zeros(output_shape(nodes[-1].layer, batch), dtype=np.float32)
-        return self._bind(build_model(nodes, batch=batch), random_inputs(nodes, batch), output)
+        model = build_model(nodes, batch=batch)
+        model = quantised(model) if self.settings.dtype == "int8" else model
+        return self._bind(model, random_inputs(nodes, batch), output)
 
     def empty_run(self) -> Loaded:
         """A session that only passes one number on."""

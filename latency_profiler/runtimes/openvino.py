@@ -9,11 +9,13 @@ import openvino
 
 from latency_profiler.graphs import INPUT_NAMES, build_model, empty_model
 from latency_profiler.layers import Layer, Node
+from latency_profiler.quantising import quantised
 from latency_profiler.runtimes.base import Loaded, Settings
 from latency_profiler.spaces.space import IMAGE
 from latency_profiler.tensors import Array, random_inputs, single
 
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+"""What computes in no integers computes in."""
 
 
 class OpenVino:
@@ -31,7 +33,7 @@ class OpenVino:
     def dtypes(self) -> tuple[str, ...]:
         """bfloat16 where the processor has it: elsewhere the runtime would silently compute in float32."""
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return ("float32", "bfloat16") if able else ("float32",)
+        return ("float32", "bfloat16", "int8") if able else ("float32", "int8")
 
     def load_layer(self, layer: Layer) -> Loaded:
         """One layer as a graph of its own."""
@@ -40,7 +42,9 @@ class OpenVino:
     def load_network(self, nodes: Sequence[Node]) -> Loaded:
         """A whole network as one graph; where dtype is not float32, inputs and outputs are converted in it."""
         batch = self.settings.batch
-        return self._compile(build_model(nodes, batch=batch), random_inputs(nodes, batch))
+        model = build_model(nodes, batch=batch)
+        model = quantised(model) if self.settings.dtype == "int8" else model
+        return self._compile(model, random_inputs(nodes, batch))
 
     def empty_run(self) -> Loaded:
         """A request that only passes one number on."""

@@ -11,7 +11,7 @@ authors' model files; the integer form equals their float truncation on every pu
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +49,14 @@ class Slot:
     def width(self, channels: Sequence[int]) -> int:
         """The slot's channel number in a structure."""
         return self.base if self.index is None else channels[self.index]
+
+    def at(self, choice: int) -> int:
+        """Its width at a choice; a constant has one only."""
+        return self.base if self.index is None else width_of(self.base, choice)
+
+    def widths(self) -> list[int]:
+        """All that it can have, from the smallest to the largest."""
+        return sorted({self.at(choice) for choice in range(CHOICES)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,21 @@ class Unit:
             norm=self.norm,
             residual=self.shortcut is not None,
         )
+
+    def at(self, source: int, target: int) -> Layer:
+        """The layer between slots of these widths."""
+        there = Slot("", source, None)
+        return replace(self, source=there, target=there if self.tied else Slot("", target, None)).layer(())
+
+    @property
+    def tied(self) -> bool:
+        """Whether input and output are one width: depthwise convolutions and poolings."""
+        return self.source is self.target
+
+    @property
+    def kind(self) -> tuple[str, Slot, Slot]:
+        """What all layers of this place depend on: repeated blocks share theirs."""
+        return f"{self.features}*{self.at(1, 1).family}", self.source, self.target
 
 
 @dataclass(frozen=True)

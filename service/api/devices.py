@@ -165,6 +165,8 @@ class ProfileRequest(Model):
     """`on-demand` measures nothing before a job needs the space, and then so many points."""
     points: Annotated[int, Field(ge=3, le=31)] = measurements.SAMPLED
     """Widths per slot of a sampled profile; the rest is interpolated."""
+    refine: bool = True
+    """Measure more widths where those between measured ones are priced badly; what was asked first stands."""
     again: bool = False
     """Measure all of the device's profiles anew, for the next version of its table."""
 
@@ -184,6 +186,7 @@ class ProfileView(BaseModel):
     space_key: str
     mode: str
     points: int
+    refined: int | None = Field(description="layers that were added where interpolation failed; null: none are")
     planned: int
     done: int
     failed: int
@@ -197,6 +200,7 @@ class ProfileView(BaseModel):
         row = one.profile
         return cls(
             id=row.id, space=row.space["name"], space_key=row.space_key, mode=row.mode, points=row.points,
+            refined=None if row.refined is None else len(row.refined),
             planned=one.planned, done=one.done, failed=one.failed, waiting=one.waiting,
             seconds_left=one.seconds_left, fit=fit,
         )  # fmt: skip
@@ -248,7 +252,7 @@ def profile(device: DevicePath, request: ProfileRequest, _caller: Submitter) -> 
         if request.again:
             measurements.measure_anew(session, row)
         wanted = measurements.request_profile(
-            session, row, request.space_arguments(), request.mode, request.points
+            session, row, request.space_arguments(), request.mode, request.points, request.refine
         )  # fmt: skip
         work.retry_failed(session, wanted)
         session.flush()

@@ -117,6 +117,7 @@ def profile(
     points: Annotated[
         int | None, typer.Option(min=3, max=31, help="Widths per slot; the rest is interpolated.")
     ] = None,
+    refine: Annotated[bool, typer.Option(help="Measure more widths where interpolation between those fails.")] = True,
     full: Annotated[bool, typer.Option("--full", help="Measure every choice.")] = False,
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Measure nothing before a job needs the space.")
@@ -134,7 +135,7 @@ def profile(
     )
     with connect(server, key) as client:
         mode = "full" if full else "on-demand" if on_demand else None
-        more = given(mode=mode) | ({"again": True} if again else {})
+        more = given(mode=mode) | ({"again": True} if again else {}) | ({} if refine else {"refine": False})
         answer = client.profile(device, request | more)
     tables.show_json(answer) if as_json else tables.show_facts(out, answer)
 

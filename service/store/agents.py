@@ -210,12 +210,14 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
     """After work ended: fit the profiles that became complete, and wake jobs where something they wait for is there."""
     if not touched or device.table_id is None:
         return False
-    networks = work.open_keys(session, device.table_id, WorkKind.NETWORK)
+    layers, networks = (work.open_keys(session, device.table_id, kind) for kind in (WorkKind.LAYER, WorkKind.NETWORK))
     ready = any(map(work.for_job, touched)) and not any(map(work.for_job, networks))
     for profile in measurements.profiles(session, device):
         space = work.profile_space(profile)
         repeated = work.repeated_keys(space)
-        if _complete(session, profile, device.table_id, touched, networks):
+        if _finer(session, device, profile, touched, layers):
+            continue
+        if _complete(profile, touched, layers | networks):
             _fit(session, device, space)
             work.plan_repeats(session, device.table_id, space)
             ready = True
@@ -226,12 +228,18 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
     return ready and measurements.wake(session)
 
 
-def _complete(session: Session, profile: Profile, table_id: str, touched: set[str], open_networks: set[str]) -> bool:
-    """Whether all of a profile has ended, and something of it just now. Its layers are many, so they come last."""
-    layers, networks = work.profile_keys(work.profile_space(profile), profile.points)
-    if networks & open_networks or not (touched & layers or touched & networks):
+def _finer(session: Session, device: Device, profile: Profile, touched: set[str], open_layers: set[str]) -> bool:
+    """Whether the last of a profile's layers have ended just now and show that more are needed."""
+    layers, _ = work.profile_keys(profile)
+    if profile.refined is None or touched.isdisjoint(layers) or not layers.isdisjoint(open_layers):
         return False
-    return not layers & work.open_keys(session, table_id, WorkKind.LAYER)
+    return work.refine(session, profile, measurements.load_table(session, device.name))
+
+
+def _complete(profile: Profile, touched: set[str], open_keys: set[str]) -> bool:
+    """Whether all of a profile has ended, and something of it just now."""
+    every = frozenset[str]().union(*work.profile_keys(profile))
+    return not touched.isdisjoint(every) and every.isdisjoint(open_keys)
 
 
 def _fit(session: Session, device: Device, space: Space) -> None:

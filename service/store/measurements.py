@@ -74,16 +74,17 @@ def canonical_sha(value: Any) -> str:
 
 
 def request_profile(
-    session: Session, device: Device, space_arguments: dict[str, Any], mode: Mode, points: int
+    session: Session, device: Device, space_arguments: dict[str, Any], mode: Mode, points: int, refine: bool = True
 ) -> Profile:
     """Ask for the layers of a space to be measured on a device; asking again changes nothing.
 
     `space_arguments` are those of `get_space`, `points` the widths per slot (a full profile has all of them, whatever
-    is given). An on-demand profile sleeps until a job needs it.
+    is given), which are refined where interpolation fails. An on-demand profile sleeps until a job needs it.
     """
     space, points = get_space(**space_arguments), FULL if mode == "full" else points
     row = {
         "device_id": device.id, "space_key": space.key, "space": space_arguments, "mode": mode, "points": points,
+        "refined": [] if refine and points < FULL else None,
     }  # fmt: skip
     insert_missing(session, Profile, [row])
     profile = session.scalars(
@@ -126,8 +127,8 @@ def _sleeps(profile: Profile, device: Device) -> bool:
 
 def _progress(profile: Profile, measured: set[str], failed: Set[str], pace: float | None) -> Progress:
     space = work.profile_space(profile)
-    layers, networks = work.profile_keys(space, profile.points)
-    every, _ = work.profile_keys(space, FULL)
+    layers, networks = work.profile_keys(profile)
+    every = work.layer_keys(space, FULL)
     planned, done, lost = len(layers | networks), len((layers | networks) & measured), len((layers | networks) & failed)
     left = None if pace is None else pace * (planned - done - lost)
     return Progress(profile, planned, done, lost, len(every), len(every & measured), left)

@@ -128,7 +128,7 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {
-        **dict.fromkeys((dict[str, Any], dict[str, float], list[Any], list[int], list[float]), JSON),
+        **dict.fromkeys((dict[str, Any], dict[str, float], list[Any], list[int], list[float], list[str]), JSON),
         float: Double, int: BigInteger,
     }  # fmt: skip
 
@@ -249,6 +249,9 @@ class Profile(Base):
     mode: Mapped[str] = mapped_column(String(16))
     """`full` (every choice) or `sampled` (`points` widths per slot, the rest interpolated)."""
     points: Mapped[int]
+    refined: Mapped[list[str] | None]
+    """Keys of the layers that were planned since, where widths between measured ones are priced badly; None where the
+    grid stays as it is."""
     planned_table_id: Mapped[str | None] = mapped_column(String(32))
     """The table whose work rows exist; another one means that the fingerprint changed."""
     created_at: Mapped[float] = mapped_column(default=now())

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks
 from latency_profiler.cost import Statistic
-from latency_profiler.lookup_table import plan_layers
-from latency_profiler.planning import by_expected_error
+from latency_profiler.lookup_table import LatencyTable, plan_layers
+from latency_profiler.planning import by_expected_error, refinement
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
@@ -68,11 +68,21 @@ def profile_items(space: Space, points: int) -> list[Item]:
     return layers + [network_item(space, channels, purpose) for channels, purpose in calibration_networks(space)]
 
 
+def profile_keys(profile: Profile) -> tuple[frozenset[str], frozenset[str]]:
+    """Keys of a profile's layers, those that were planned since among them, and of its networks."""
+    space = profile_space(profile)
+    return layer_keys(space, profile.points).union(profile.refined or ()), _network_keys(space)
+
+
 @lru_cache(maxsize=64)
-def profile_keys(space: Space, points: int) -> tuple[frozenset[str], frozenset[str]]:
-    """Keys of the layers and of the networks among `profile_items`."""
-    networks = (network_key(space, channels, purpose) for channels, purpose in calibration_networks(space))
-    return frozenset(layer.key for layer in plan_layers(space, points)), frozenset(networks)
+def layer_keys(space: Space, points: int) -> frozenset[str]:
+    """Keys of `plan_layers`."""
+    return frozenset(layer.key for layer in plan_layers(space, points))
+
+
+@lru_cache(maxsize=64)
+def _network_keys(space: Space) -> frozenset[str]:
+    return frozenset(network_key(space, channels, purpose) for channels, purpose in calibration_networks(space))
 
 
 def profile_space(profile: Profile) -> Space:
@@ -112,11 +122,32 @@ def plan_profile(session: Session, profile: Profile, table_id: str, *, for_job: 
     add(session, table_id, [item for item in items if item.kind is WorkKind.LAYER], priority)
     add(session, table_id, [item for item in items if item.kind is WorkKind.NETWORK], priority + 1)
     profile.planned_table_id = table_id
+    if profile.refined:
+        profile.refined = []
+
+
+def refine(session: Session, profile: Profile, table: LatencyTable) -> bool:
+    """Plan more of a profile whose layers are all measured, at most as many again; whether there is anything to do."""
+    space, (known, _) = profile_space(profile), profile_keys(profile)
+    first = layer_keys(space, profile.points)
+    most = 2 * len(first) - len(known)
+    if profile.refined is None or profile.planned_table_id is None or table.missing(plan_layers(space, profile.points)):
+        return False
+    found = refinement(space, profile.points, table, most)
+    layers = [layer for layer in by_expected_error(space, found) if layer.key not in known]
+    of_first = select(func.min(Work.priority)).where(
+        Work.table_id == profile.planned_table_id, Work.kind == WorkKind.LAYER, Work.key.in_(list(first)[:1])
+    )  # fmt: skip
+    items = [Item(WorkKind.LAYER, layer.key, {"layer": layer.to_json()}) for layer in layers]
+    add(session, profile.planned_table_id, items, session.scalar(of_first) or FOR_JOB)
+    profile.refined = [*profile.refined, *(item.key for item in items)]
+    waiting = open_keys(session, profile.planned_table_id, WorkKind.LAYER)
+    return any(item.key in waiting for item in items)
 
 
 def hurry(session: Session, profile: Profile, table_id: str) -> None:
     """A job waits for a profile: what is left of it comes before all other profiles."""
-    for place, keys in enumerate(profile_keys(profile_space(profile), profile.points)):
+    for place, keys in enumerate(profile_keys(profile)):
         behind = (Work.table_id == table_id, Work.state.in_(OPEN), Work.priority > FOR_JOB + place)
         waiting = session.execute(select(Work.id, Work.key).where(*behind))
         if rows := [{"id": id_, "priority": FOR_JOB + place} for id_, key in waiting if key in keys]:
@@ -203,7 +234,7 @@ def open_keys(session: Session, table_id: str, kind: WorkKind | None = None) -> 
 def retry_failed(session: Session, profile: Profile) -> None:
     """Give the failed work of a profile another chance."""
     query = select(Work).where(Work.table_id == profile.planned_table_id, Work.state == WorkState.FAILED)
-    keys = frozenset[str]().union(*profile_keys(profile_space(profile), profile.points))
+    keys = frozenset[str]().union(*profile_keys(profile))
     for work in session.scalars(query):
         if work.key in keys:
             work.state, work.attempts, work.error = WorkState.WAITING, 0, None

@@ -430,11 +430,11 @@ def test_a_signal_ends_the_idle_process_with_status_0(tmp_path: Path) -> None:
 
 
 def test_an_agent_that_cannot_work_says_so_in_one_line(tmp_path: Path) -> None:
-    process = launch("http://127.0.0.1:1", tmp_path, "--dtype", "int8")
+    process = launch("http://127.0.0.1:1", tmp_path, "--dtype", "int4")
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     assert len(errors.splitlines()) == 1
-    assert "dtype is 'int8'" in errors
+    assert "dtype is 'int4'" in errors
 
 
 def launch(server: str, tmp_path: Path, *more: str) -> subprocess.Popen[str]:

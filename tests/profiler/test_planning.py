@@ -1,5 +1,7 @@
 """The order in which layers are measured: what is missing when only some of them are."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from latency_profiler.cost import layer_flops
 from latency_profiler.errors import MissingLatencies
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
-from latency_profiler.planning import _halved, by_expected_error
+from latency_profiler.planning import _errors, _halved, by_expected_error, refinement
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.spaces.registry import get_space
@@ -70,3 +72,61 @@ def test_a_part_of_the_layers_prices_better_than_as_many_in_the_plans_order() ->
     assert error(layers[: int(0.75 * len(layers))]) == float("inf")
     assert errors[0] < 0.2
     assert errors == sorted(errors, reverse=True)
+
+
+def measured(layers: list[Layer], seconds: Callable[[Layer], float]) -> LatencyTable:
+    return LatencyTable("d", "f", {layer.key: Entry(layer, seconds(layer)) for layer in layers})
+
+
+def refined(seconds: Callable[[Layer], float], points: int = 6, most: int = 10_000) -> tuple[list[Layer], int]:
+    """The layers of a grid and all that it is refined by, and in how many rounds."""
+    layers, rounds = plan_layers(SPACE, points), 0
+    while new := refinement(SPACE, points, measured(layers, seconds), most):
+        assert not set(new) & set(layers)
+        layers, rounds = layers + new, rounds + 1
+    return layers, rounds
+
+
+def test_lines_need_no_more_points() -> None:
+    assert refined(lambda layer: 1e-6 * (3 + layer.c_in + 2 * layer.c_out)) == (plan_layers(SPACE, 6), 0)
+
+
+def test_around_a_step_gaps_are_halved_until_it_is_between_two_choices() -> None:
+    family, step = "conv-k1s1p0-4x4-bn-relu", 150
+
+    def seconds(layer: Layer) -> float:
+        return 1e-5 * (1 + (layer.family == family and layer.c_out >= step))
+
+    layers, rounds = refined(seconds)
+    assert rounds >= 3
+    unit = next(one for one in SPACE.units if one.at(1, 1).family == family and one.source.base == one.target.base)
+    for width in unit.target.widths():
+        priced = measured(layers, seconds).layer(unit.at(117, width)).seconds
+        assert priced == pytest.approx(seconds(unit.at(117, width)), rel=1e-6) or abs(width - step) <= 8, width
+    others = {layer for layer in layers if layer.family != family}
+    assert others == {layer for layer in plan_layers(SPACE, 6) if layer.family != family}, "only where it matters"
+
+
+def test_refined_grids_price_better_than_finer_ones_of_as_many_layers() -> None:
+    device = Simulated(Settings())
+    layers, _ = refined(device._layer_seconds)
+    finer = plan_layers(SPACE, 9)
+    assert len(layers) < len(finer)
+    assert error(layers) < error(finer) < error(plan_layers(SPACE, 6))
+
+
+def test_refinement_is_limited_and_skips_what_could_not_be_measured() -> None:
+    device = Simulated(Settings())
+    every = refinement(SPACE, 6, measured(plan_layers(SPACE, 6), device._layer_seconds), 10_000)
+    some = refinement(SPACE, 6, measured(plan_layers(SPACE, 6), device._layer_seconds), len(every) // 2)
+    assert 0 < len(some) <= len(every) // 2
+    with pytest.raises(MissingLatencies):
+        refinement(SPACE, 6, LatencyTable("d", "f"), 10)
+
+
+def test_errors_of_gaps() -> None:
+    """Seconds at 1, 2, 4 and 5 channels: the line from 1 to 4 has 4 at 2, that from 2 to 5 has 14 / 3 at 4."""
+    found = _errors(np.array([1.0, 2.0, 4.0, 5.0]), np.array([[3.0], [4.0], [6.0], [5.0]]))
+    assert found == pytest.approx([0.0, 4 / 3, 4 / 3])
+    assert _errors(np.array([3.0]), np.array([[1.0, 2.0]])).shape == (0,)
+    assert _errors(np.array([3.0, 4.0]), np.array([[1.0, 2.0], [1.0, 9.0]])).tolist() == [0.0]

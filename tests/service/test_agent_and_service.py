@@ -17,7 +17,7 @@ from latency_profiler.spaces.registry import get_space
 from service import broker
 
 SPACE = get_space("vgg16", 8, 0.25, 10, free_last=True)
-PROFILE = {"space": "vgg16", "image_size": 8, "width": 0.25, "classes": 10, "points": 3}
+PROFILE = {"space": "vgg16", "image_size": 8, "width": 0.25, "classes": 10, "points": 3, "refine": False}
 
 
 @pytest.fixture(autouse=True)

@@ -123,6 +123,69 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
     assert lease(client, agent).json()["items"] == []
 
 
+def stepped(item: dict[str, Any]) -> dict[str, Any]:
+    """A result of a device whose layers take twice as long from 40 outputs up."""
+    answer = result(item)
+    if "layer" in item["payload"] and Layer.from_json(item["payload"]["layer"]).c_out >= 40:
+        answer |= {"seconds": 2 * answer["seconds"], "values": [2 * answer["seconds"]]}
+    return answer
+
+
+def test_a_profile_is_refined_before_it_is_fitted(client: TestClient) -> None:
+    agent = register(client)
+    profile = {**PROFILE, "points": 4}
+    assert client.post("/v1/devices/bench/profiles", json=profile).json()["refined"] == 0
+    first, rounds = len(plan_layers(SPACE, 4)), 0
+    while (items := lease(client, agent).json()["items"]) and "|repeated" not in items[0]["key"]:
+        before = client.get("/v1/devices/bench/profiles").json()["items"][0]
+        assert before["fit"] is None
+        assert upload(client, agent, [stepped(item) for item in items], f"u{rounds}").status_code == 200
+        rounds += 1
+    shown = client.get("/v1/devices/bench/profiles").json()["items"][0]
+    networks = sum(NETWORKS.values())
+    assert 2 <= rounds <= 5
+    assert 0 < shown["refined"] <= first
+    assert (shown["planned"], shown["waiting"]) == (first + shown["refined"] + networks, 0)
+    assert shown["done"] == shown["planned"]
+    assert shown["fit"]["fitted_on"] == NETWORKS["fit"]
+    table = client.get("/v1/devices/bench").json()["table"]
+    assert table["entries"] == first + shown["refined"]
+    assert client.post("/v1/devices/bench/profiles", json=profile).json() == shown, "asking again changes nothing"
+
+
+@pytest.mark.parametrize("how", [{"refine": False}, {"mode": "full"}])
+def test_a_grid_stays_as_it_is_where_that_is_asked_for(client: TestClient, how: dict[str, Any]) -> None:
+    agent = register(client)
+    assert client.post("/v1/devices/bench/profiles", json=PROFILE | how).json()["refined"] is None
+    rounds = 0
+    while (items := lease(client, agent).json()["items"]) and "|repeated" not in items[0]["key"]:
+        upload(client, agent, [stepped(item) for item in items], f"u{rounds}")
+        rounds += 1
+    shown = client.get("/v1/devices/bench/profiles").json()["items"][0]
+    points = 31 if "mode" in how else 3
+    assert (shown["refined"], shown["fit"] is None) == (None, False)
+    assert shown["planned"] == len(plan_layers(SPACE, points)) + sum(NETWORKS.values())
+
+
+def test_failed_layers_do_not_keep_a_profile_from_its_fit(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE | {"points": 4})
+    rounds = 0
+    while (items := lease(client, agent).json()["items"]) and "|repeated" not in items[0]["key"]:
+        results = [stepped(item) for item in items]
+        if rounds:  # all that refines
+            about = [{name: one[name] for name in ("work_id", "kind", "key")} for one in results]
+            results = [
+                one | {"error": "no"} if item["kind"] == "layer" else full
+                for one, item, full in zip(about, items, results, strict=True)
+            ]
+        upload(client, agent, results, f"u{rounds}")
+        rounds += 1
+    shown = client.get("/v1/devices/bench/profiles").json()["items"][0]
+    assert shown["refined"] == shown["failed"] > 0
+    assert shown["fit"] is not None
+
+
 def test_an_agents_connection_has_the_table_checked(client: TestClient) -> None:
     agent = register(client)
     client.post("/v1/devices/bench/profiles", json=PROFILE)
@@ -238,10 +301,10 @@ BAD_RESULTS: list[dict[str, Any]] = [
     {"seconds": None}, {"seconds": "1e400"}, {"values": [0.0]}, {"values": []}, {"values": [1.0] * 1001},
     {"iqr": -1}, {"work_id": 2**63}, {"work_id": -1}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": "k" * 201},
     {"kind": "block"}, {"error": "both"}, {"more": 1}, {"conditions": {"a": float("nan")}},
-    {"conditions": {"a": "x" * 20_000}}, {"conditions": {"a": "\0"}}, {"conditions": {"a": "\udc00"}},
+    {"conditions": {"a": "x" * 40_000}}, {"conditions": {"a": "\0"}}, {"conditions": {"a": "\udc00"}},
 ]  # fmt: skip
 BAD_FACTS: list[Any] = [
-    {}, {"a": "\0"}, {"a": float("inf")}, {"a": "\ud800"}, {"a": "x" * 17_000}, {"a": [0] * 20_000}, [], "cpu",
+    {}, {"a": "\0"}, {"a": float("inf")}, {"a": "\ud800"}, {"a": "x" * 33_000}, {"a": [0] * 20_000}, [], "cpu",
 ]  # fmt: skip
 
 
