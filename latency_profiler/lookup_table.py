@@ -28,6 +28,8 @@ from latency_profiler.terms import in_network, is_term
 Floats = npt.NDArray[np.float64]
 Cell = tuple[int, int]
 Matrix = tuple[Ints, Ints, Floats]
+ALIGNMENTS = (1, 4, 8, 16)
+"""Numbers whose multiples some kernels are made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class _Family:
     def __init__(self) -> None:
         self.points: dict[Cell, float] = {}
         self._rows: dict[int, set[int]] = defaultdict(set)
+        self._aligned: int | None = None
         self._forget()
 
     def add(self, entry: Entry) -> None:
@@ -123,17 +126,36 @@ class _Family:
         """Seconds inside the smallest measured cell around a point; None outside of all cells.
 
         Layers whose input and output are one width (depthwise, poolings, the middle of a bottleneck) are measured
-        along the diagonal and interpolated along it.
+        along the diagonal and interpolated along it, among widths that the kernel treats alike (`_alignment`).
         """
         if cell := self._cell(c_in, c_out):
             (a, b), (c, d) = cell
             at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
             at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
             return _linear(c_out, c, d, at_c, at_d)
-        if c_in == c_out and (side := _bracket(self._diagonal(), c_in)):
-            low, high = side
-            return _linear(c_in, low, high, self.points[low, low], self.points[high, high])
+        if c_in == c_out and (side := _beside(self._diagonal(), c_in, self._alignment())):
+            return self._between(c_in, side)
         return None
+
+    def _between(self, width: int, side: Cell) -> float:
+        low, high = side
+        return _linear(width, low, high, self.points[low, low], self.points[high, high])
+
+    def _alignment(self) -> int:
+        """The number whose multiples have a faster kernel: that with which measured widths are interpolated best."""
+        if self._aligned is None:
+            widths = self._diagonal()
+            self._aligned = min(ALIGNMENTS, key=lambda alignment: self._left_out(widths, alignment))
+        return self._aligned
+
+    def _left_out(self, widths: list[int], alignment: int) -> float:
+        """Sum of the errors, as shares, of widths that are interpolated from the others."""
+        error = 0.0
+        for width in widths[1:-1]:
+            side = _beside([other for other in widths if other != width], width, alignment)
+            if side is not None:
+                error += abs(self._between(width, side) / self.points[width, width] - 1)
+        return error
 
     def _cell(self, c_in: int, c_out: int) -> tuple[Cell, Cell] | None:
         """The smallest cell around a point whose four corners were measured, as its inputs and its outputs."""
@@ -164,6 +186,7 @@ class _Family:
         return sorted(i for i, o in self.points if i == o)
 
     def _forget(self) -> None:
+        self._aligned = None
         self._pairs: dict[int, list[Cell]] = {}
         self._outputs: dict[Cell, list[int]] = {}
 
@@ -176,6 +199,12 @@ def _bracket(values: list[int], value: int) -> Cell | None:
     if values[at] == value:
         return value, value
     return (values[at - 1], values[at]) if at else None
+
+
+def _beside(widths: list[int], width: int, alignment: int) -> Cell | None:
+    """The widths next to one that are, or are not, multiples of a number as it is; any two where such are missing."""
+    alike = [other for other in widths if (other % alignment == 0) == (width % alignment == 0)]
+    return _bracket(alike, width) or _bracket(widths, width)
 
 
 def _linear(x: int, low: int, high: int, at_low: float, at_high: float) -> float:

@@ -5,9 +5,9 @@ full, above 1 it breaks one. Latencies are predictions times a correction, which
 prediction; tables, corrections and seconds go by the name of a latency (`latency_name`).
 """
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from latency_profiler.cost import Constraint, CostModel, Ints, Metric
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.space import Space
-from workers.sampling import Genes, repair, sample
+from workers.sampling import Genes, fill, repair, sample
 
 Floats = npt.NDArray[np.float64]
 CROWD = 3
@@ -41,6 +41,7 @@ class Budget:
         tables: lookup tables of every latency that is constrained or shall be reported.
         corrections: latency → factor on its predictions.
         least_share: candidates must use this share of the tightest upper bound.
+        fills: whether candidates with a bound in milliseconds are as wide as it allows (`sampling.fill`).
 
     Raises:
         InfeasibleConstraint: no structure of the space satisfies all constraints.
@@ -48,9 +49,11 @@ class Budget:
 
     def __init__(
         self, space: Space, constraints: Sequence[Constraint], tables: Mapping[str, LatencyTable],
-        corrections: Mapping[str, float], least_share: float = 0.0,
+        corrections: Mapping[str, float], least_share: float = 0.0, fills: bool = True,
     ) -> None:  # fmt: skip
         self.space, self.constraints, self.tables, self.corrections = space, constraints, tables, corrections
+        self._timed = any(constraint.metric is Metric.LATENCY for constraint in constraints)
+        self._fills = fills and self._timed
         self._costs = CostModel(space)
         self._latencies = {latency: LatencyModel(table, space) for latency, table in tables.items()}
         self._widths = np.array(space.choices)
@@ -58,8 +61,8 @@ class Budget:
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
         ladder = self.costs(np.array(space.ladder))
         rungs = _tightest(ladder, constraints)
-        smallest, largest = float(rungs.min()), float(rungs[-1])
-        self.least = least_share * min(1.0, largest)
+        smallest, largest = float(rungs.min()), float(rungs.max())
+        self.least = least_share * min(1.0, float(rungs[-1]))
         self._band = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints)), min(1.0, largest)
         self._check(ladder)
 
@@ -92,25 +95,33 @@ class Budget:
 
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
         """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
-        drawn = self._canonical(sample(self.tightness, *self._band, self.space.depths, count, rng))
+        drawn = sample(
+            self.tightness, *self._band, self.space.depths, count, rng, mend=lambda genes: self._filled(genes, rng)
+        )
+        drawn = self._canonical(drawn)
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
 
     def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:
         """Encodings (n, g) moved into the budget where they are outside, with as few changes as that takes."""
-        return self._canonical(repair(self.tightness, *self._band, encodings, rng))
+        return self._canonical(self._filled(repair(self.tightness, *self._band, encodings, rng), rng))
+
+    def _filled(self, encodings: Genes, rng: np.random.Generator) -> Genes:
+        return fill(self.tightness, *self._band, encodings, rng) if self._fills else encodings
 
     def everything(self, most: int) -> Genes | None:
         """All feasible structures, one encoding each; None where there are more than `most`, found out at bounded cost.
 
         Genes are chosen one after the other; what is chosen so far is dropped where it breaks an upper bound even with
-        the smallest widths behind it, or a lower one even with the largest.
+        the smallest widths behind it, or a lower one even with the largest. Of milliseconds, which need not grow with
+        widths, only whole structures tell.
         """
         heads = np.empty((1, 0), dtype=np.int64)
         for gene, firsts in enumerate(self._first):
             choices = np.unique(firsts)
             heads = np.column_stack([heads.repeat(len(choices), axis=0), np.tile(choices, len(heads))])
-            heads = heads[self._promising(heads)]
-            if len(heads) > (CROWD if gene + 1 < len(self._first) else 1) * most:
+            last = gene + 1 == len(self._first)
+            heads = heads[self.feasible(heads) if last else self._promising(heads)]
+            if len(heads) > (1 if last else CROWD) * most:
                 return None
         return heads
 
@@ -121,8 +132,10 @@ class Budget:
             for end in (self.space.smallest, self.space.largest)
         )
         least, greatest = self.costs(small), self.costs(large)
-        promising: npt.NDArray[np.bool_] = _tightest(greatest, self.constraints) >= self.least
-        for bound in self.constraints:
+        promising: npt.NDArray[np.bool_] = np.ones(len(heads), dtype=bool)
+        if not self._timed:
+            promising &= _tightest(greatest, self.constraints) >= self.least
+        for bound in (one for one in self.constraints if one.metric is not Metric.LATENCY):
             promising &= (_values(least, bound) <= bound.maximum) & (_values(greatest, bound) >= bound.minimum)
         return promising
 
@@ -142,10 +155,17 @@ class Budget:
 
         Where none is within them, the smallest.
         """
+        networks, costs = self._uniforms
+        within = np.all([_values(costs, bound) <= of * bound.maximum for bound in self.constraints], axis=0)
+        return networks[np.flatnonzero(within)[-1] if within.any() else 0]
+
+    @cached_property
+    def _uniforms(self) -> tuple[list[tuple[int, ...]], Costs]:
+        """Every uniform network from the smallest to the largest, and what they cost."""
         widths = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
         shares = sorted(share for share in widths if share >= SMALLEST_SHARE)
-        at = bisect_left(shares, True, key=lambda share: not self._within(self.space.uniform(share), of))
-        return self.space.uniform(shares[max(0, at - 1)])
+        networks = list(dict.fromkeys(map(self.space.uniform, shares)))
+        return networks, self._priced(np.array(networks, dtype=np.int64))
 
     def shares(self, channels: Ints) -> Floats:
         """The largest share (n,) of an upper bound that any channels (n, s) use, also off the grid."""
@@ -155,10 +175,6 @@ class Budget:
         """Whether any channels, also off the grid, are within all bounds."""
         costs = self._priced(np.array([channels], dtype=np.int64))
         return all(bound.allows(float(_values(costs, bound)[0])) for bound in self.constraints)
-
-    def _within(self, channels: Sequence[int], of: float) -> bool:
-        costs = self._priced(np.array([channels], dtype=np.int64))
-        return all(_values(costs, c)[0] <= of * c.maximum for c in self.constraints)
 
     def _priced(self, channels: Ints) -> Costs:
         rows = [self.predict(row) for row in channels.tolist()]

@@ -84,6 +84,31 @@ def test_layers_of_one_width_are_interpolated_along_the_diagonal() -> None:
     assert prices.layer(depthwise).seconds == pytest.approx(seconds(depthwise))
 
 
+@pytest.mark.parametrize("alignment", [4, 8, 16])
+def test_widths_that_a_kernel_is_made_for_are_interpolated_among_their_like(alignment: int) -> None:
+    """Other widths take twenty times as long; 160 lies between 153 and 161, and 321 between 312 and 327."""
+    depthwise = Layer(Op.DEPTHWISE, 1, 1, 8, 3, 1, 1, Activation.RELU, norm=True)
+
+    def took(width: int) -> float:
+        return 1e-7 * (10 + width) * (1 if width % alignment == 0 else 20)
+
+    slots = [256 * (10 + 3 * i) // 100 for i in range(31)] + [512 * (10 + 3 * i) // 100 for i in range(31)]
+    measured = [replace(depthwise, c_in=width, c_out=width) for width in {*slots, 48, 96, 112, 272, 400}]
+    prices = LatencyTable("d", "f", {layer.key: Entry(layer, took(layer.c_in)) for layer in measured})
+    for width in (96, 160, 162, 321, 320, 336, 400):
+        price = prices.layer(replace(depthwise, c_in=width, c_out=width)).seconds
+        assert price == pytest.approx(took(width)), width
+
+
+def test_where_no_width_of_the_kind_is_beside_any_is_better_than_none() -> None:
+    depthwise = Layer(Op.DEPTHWISE, 1, 1, 8, 3, 1, 1, Activation.RELU, norm=True)
+    few = {3: 60.0, 5: 100.0, 7: 140.0, 8: 16.0, 9: 180.0}
+    layers = {width: replace(depthwise, c_in=width, c_out=width) for width in few}
+    prices = LatencyTable("d", "f", {layers[width].key: Entry(layers[width], took) for width, took in few.items()})
+    four = prices.layer(replace(depthwise, c_in=4, c_out=4)).seconds
+    assert four == pytest.approx(80.0)
+
+
 def test_a_missing_layer_is_an_error_and_named() -> None:
     space = get_space("resnet20", 32, 1.0, 10)
     layers = list(dict.fromkeys(space.layers(space.channels(space.largest))))

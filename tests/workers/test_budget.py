@@ -196,15 +196,92 @@ def test_uniform_networks_at_shares_of_the_budget() -> None:
     assert budget.uniform(1.0) == budget.uniform()
 
 
-def test_a_device_on_which_the_smallest_is_not_the_fastest_has_a_budget() -> None:
+def odd(space: Space) -> LatencyTable:
     """Widths that are no multiple of 8 take ten times as long there, as with some runtimes' depthwise kernels."""
 
     def seconds(layer: Layer) -> float:
         return 1e-6 * (layer.c_out + 10) * (10 if layer.c_out % 8 else 1)
 
-    space = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
-    entries = {layer.key: Entry(layer, seconds(layer)) for layer in plan_layers(space)}
-    table = LatencyTable("odd", "f" * 64, entries)
+    return LatencyTable("odd", "f" * 64, {layer.key: Entry(layer, seconds(layer)) for layer in plan_layers(space)})
+
+
+def of_odd(share: float, fills: bool = True) -> Budget:
+    """A share of the whole network's milliseconds on such a device."""
+    table = odd(SPACE)
+    whole = table.price(SPACE, SPACE.channels(SPACE.largest)).seconds
+    return Budget(SPACE, [Constraint(Metric.LATENCY, share * whole, device="odd")], {"odd": table}, {}, 0.97, fills)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_within_milliseconds_structures_are_as_wide_as_is_free(share: float) -> None:
+    filled, plain = of_odd(share), of_odd(share, fills=False)
+    wide, narrow = (one.sample(64, numpy_generator(0, "free")) for one in (filled, plain))
+    assert len(wide) >= 40
+    assert filled.feasible(wide).all()
+    assert not len(narrow) or np.median(filled.costs(wide).flops) > 2 * np.median(plain.costs(narrow).flops)
+    tightness = filled.tightness(wide)
+    assert (tightness <= 1).all()
+    for gene in range(wide.shape[1]):  # none can be wider and no slower
+        for choice in range(31):
+            wider = wide.copy()
+            wider[:, gene] = np.maximum(wide[:, gene], choice)
+            changed = (wider != wide).any(axis=1)
+            assert (filled.tightness(wider)[changed] > 0.9 * tightness[changed]).all()
+    assert len(np.unique(wide, axis=0)) > 0.2 * len(wide), "and they are not all the same"
+    assert filled.sample(64, numpy_generator(0, "free")).tolist() == wide.tolist()
+
+
+def test_filling_never_narrows_a_gene_that_is_within_the_budget() -> None:
+    budget = of_odd(0.7)
+    drawn = budget.sample(32, numpy_generator(3))
+    again = budget.repair(drawn, numpy_generator(4))
+    assert (again >= drawn).all(axis=1).mean() > 0.9
+    assert (budget.costs(again).flops >= budget.costs(drawn).flops).mean() > 0.9
+
+
+def test_multiply_adds_leave_nothing_to_fill() -> None:
+    bound = [Constraint(Metric.FLOPS, FULL / 4)]
+    one, other = (Budget(SPACE, bound, {}, {}, 0.97, fills).sample(50, numpy_generator(1)) for fills in (True, False))
+    assert one.tolist() == other.tolist()
+
+
+def test_a_budget_that_the_whole_network_keeps_is_answered_with_it() -> None:
+    budget = of_odd(1.5)
+    assert budget.uniform() == SPACE.channels(SPACE.largest)
+    flops_of = budget.costs(budget.sample(20, numpy_generator(0))).flops
+    assert np.median(flops_of) > 0.9 * FULL
+
+
+def test_the_uniform_network_of_an_odd_device_is_the_widest_that_is_fast_enough() -> None:
+    budget = of_odd(0.7)
+    table, [bound] = odd(SPACE), budget.constraints
+    within = [
+        channels
+        for share in range(100, 1001)
+        if table.price(SPACE, channels := SPACE.uniform(share / 1000)).seconds <= bound.maximum
+    ]
+    assert flops(SPACE.layers(budget.uniform())) >= max(flops(SPACE.layers(channels)) for channels in within)
+    assert budget.allows(budget.uniform())
+
+
+def test_all_of_a_small_space_are_found_where_wider_may_be_faster() -> None:
+    small = get_space("lenet_300_100", 8, 0.1, 10, free_last=True)
+    table = odd(small)
+    firsts = [sorted({widths.index(width) for width in widths}) for widths in small.choices]
+    grid = np.array(list(product(*firsts)))
+    prices = [table.price(small, small.channels(genes)).seconds for genes in grid.tolist()]
+    bound = Constraint(Metric.LATENCY, float(np.median(prices)), device="odd")
+    budget = Budget(small, [bound], {"odd": table}, {})
+    everything = budget.everything(1000)
+    assert everything is not None
+    feasible = grid[budget.feasible(grid)]
+    assert sorted(everything.tolist()) == sorted(feasible.tolist())
+    assert 10 < len(feasible) < len(grid)
+
+
+def test_a_device_on_which_the_smallest_is_not_the_fastest_has_a_budget() -> None:
+    space = SPACE
+    table = odd(space)
     prices = [table.price(space, space.channels(genes)).seconds for genes in space.ladder]
     asked = (min(prices) + prices[0]) / 2
     assert min(prices) < asked < prices[0]

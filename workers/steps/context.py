@@ -148,7 +148,10 @@ class Context:
     def _budget(self, tables: dict[str, str], corrections: dict[str, float], margins: dict[str, float]) -> Budget:
         loaded = {name: load_table(sha256) for name, sha256 in tables.items()}
         bounds = tightened(self.constraints, margins)
-        return Budget(self.space, bounds, loaded, corrections, self.spec.search.least_budget_share or 0.0)
+        search = self.spec.search
+        return Budget(
+            self.space, bounds, loaded, corrections, search.least_budget_share or 0.0, fills=bool(search.repair)
+        )
 
     def keep(self, name: str, key: Any, make: Callable[[], T]) -> T:
         """A thing that was made for the same key, or a new one."""

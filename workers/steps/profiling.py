@@ -6,6 +6,7 @@ A job never sees its tables change: what it searches with is stored as a file wh
 import json
 from typing import Any
 
+import numpy as np
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import Verdict
@@ -19,8 +20,12 @@ from service.store.models import Job, JobState
 from service.store.session import transaction
 from workers.budget import Budget
 from workers.checkpoints import write_blob
+from workers.sampling import numpy_generator
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
+
+DRAWN = 64
+"""Structures whose median says how many multiply-adds a budget in milliseconds allows."""
 
 
 def begin(context: Context, job: Job) -> Outcome:
@@ -67,9 +72,16 @@ def step(context: Context, job: Job) -> Outcome:
 
 
 def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
-    """Note the FLOPs of the uniform networks at the ends of what is searched; returns warnings."""
+    """Note the FLOPs of networks at the ends of what is searched; returns warnings.
+
+    They are those of the uniform networks there, or, within milliseconds, the median of what a search begins with: its
+    widths are those that the device is fast with, and it has more multiply-adds than a uniform network.
+    """
     budget, warnings = _budget(context, job, memory)
     memory["flops"] = flops(context.space.layers(budget.uniform()))
+    if context.constrained:
+        drawn = budget.costs(budget.sample(DRAWN, numpy_generator(context.spec.seed, "flops"))).flops
+        memory["flops"] = int(np.median(drawn)) if len(drawn) else memory["flops"]
     if context.spec.objective == "front":
         [bound] = budget.constraints
         memory["least_flops"] = flops(context.space.layers(budget.uniform(bound.minimum / bound.maximum)))
