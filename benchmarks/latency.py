@@ -107,13 +107,13 @@ def measure(case: Case) -> Json:
         results = {result["work_id"]: result["seconds"] for result in measure_work(runtime, items, rng)}
         return [results[at] for at in range(len(items))]
 
-    table, first = LatencyTable("bench", ""), plan_layers(space, case.points)
-    layers = first
+    table, planned = LatencyTable("bench", ""), plan_layers(space, case.points)
+    layers = planned
     while layers:
         items = [_item(at, "layer", layer.key, {"layer": layer.to_json()}) for at, layer in enumerate(layers)]
         for layer, took in zip(layers, seconds(items), strict=True):
             table.add(Entry(layer, took))
-        room = 2 * len(first) - len(table.entries)
+        room = 2 * len(planned) - len(table.entries)
         layers = refinement(space, case.points, table, room) if case.points else []
     minutes = (time.perf_counter() - start) / 60
     fitted = [channels for channels, purpose in calibration_networks(space) if purpose == FITTED]
@@ -130,7 +130,7 @@ def measure(case: Case) -> Json:
         "name": "lut_error", "device": case.device, "space": space.key, "image_size": case.image_size,
         "networks": found.held_out, "mean": found.mean_error, "max": found.max_error, "within_5": found.within_5,
         "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(table.entries),
-        "refined": len(table.entries) - len(first), "minutes": round(minutes, 2), "points": case.points,
+        "refined": len(table.entries) - len(planned), "minutes": round(minutes, 2), "points": case.points,
         "terms": sorted(found.terms),
         "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
         "sum_of_layers": _plain(asked), "cpu": cpu(), "load": conditions()["load"], "at": time.strftime("%Y-%m-%d"),

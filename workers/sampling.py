@@ -2,7 +2,7 @@
 
 Drawing genes uniformly and rejecting what is too dear never ends for tight budgets (of 200,000 uniform MobileNetV1
 genomes none is below 45 of 569 M multiply-adds). Here each draw is a random direction in the space, shifted by
-bisection until its cost enters the band: costs grow with every gene, so one shift in 0..30 either side suffices.
+bisection until its cost enters the band: multiply-adds grow with every gene, so one shift in 0..30 either side is all.
 
 Directions are profiles over the network's depth with noise on every gene. Good structures are wider early, in the
 middle or late, and independent genes hardly ever draw that: a linear profile over half of the choices lies more than
