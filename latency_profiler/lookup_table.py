@@ -22,7 +22,7 @@ import numpy.typing as npt
 from latency_profiler.cost import Ints
 from latency_profiler.errors import InvalidInput, MissingLatencies
 from latency_profiler.layers import Layer
-from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit
+from latency_profiler.spaces.space import CHOICES, Space, Unit
 from latency_profiler.terms import in_network, is_term
 
 Floats = npt.NDArray[np.float64]
@@ -320,7 +320,7 @@ class LatencyModel:
     def __init__(self, table: LatencyTable, space: Space) -> None:
         fit = table.fits.get(space.key, PLAIN)
         self._overhead, self._slots = fit.overhead, space.slots
-        matrices: dict[tuple[str, Slot, Slot], Matrix] = {}
+        matrices = dict[Any, Matrix]()
         for unit in space.units:
             if unit.kind not in matrices:
                 matrices[unit.kind] = _matrix(table, unit, fit)

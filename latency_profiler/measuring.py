@@ -35,7 +35,7 @@ LONGEST_REASON = 1000
 VISITS = 3
 """Of each network; odd, so that there is a middle one."""
 APART = 2.0
-"""Seconds from one visit to the next, at least, where the machine is one that others share."""
+"""Seconds from the end of one visit to the next, at least, where the machine is one that others share."""
 LEAST_SECONDS = 1e-9
 """What a layer counts that takes no longer than what is left without it: too little to be seen, but not nothing."""
 
@@ -67,22 +67,25 @@ def measure_groups(
         again: asked before every group that was measured before.
         wait: passes some seconds between visits.
     """
-    began, visits = time.monotonic(), dict[int, list[Json]]()
+    visits, left = dict[int, list[Json]](), dict[int, float]()
+
+    def visit(group: Sequence[Json]) -> None:
+        for result in measure(group, _seed(rng)):
+            visits.setdefault(result["work_id"], []).append(result)
+            left[result["work_id"]] = time.monotonic()
+
     for group in _groups([items[i] for i in rng.permutation(len(items))]):
         if visits and not go_on():
             break
-        for result in measure(group, _seed(rng)):
-            visits[result["work_id"]] = [result]
+        visit(group)
     for _ in range(1, VISITS):
-        more = [item for item in items if _visited_again(item, visits.get(item["work_id"], []))]
-        if any(item["kind"] == "network" and _shared(visits[item["work_id"]][0]) for item in more):
-            wait(max(0.0, began + APART - time.monotonic()))
-        began = time.monotonic()
-        for group in _groups(more):
+        for group in _groups([item for item in items if _visited_again(item, visits.get(item["work_id"], []))]):
+            shared = [item for item in group if item["kind"] == "network" and _shared(visits[item["work_id"]][0])]
+            if shared:
+                wait(max(0.0, max(left[item["work_id"]] for item in shared) + APART - time.monotonic()))
             if not again():
                 break
-            for result in measure(group, _seed(rng)):
-                visits[result["work_id"]].append(result)
+            visit(group)
     asked = {item["work_id"]: item for item in items}
     return [_middle(results, asked[work_id]) for work_id, results in visits.items()]
 

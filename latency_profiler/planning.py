@@ -28,7 +28,7 @@ Point = tuple[int, int]
 Levels = dict[int, int]
 REFINED_ERROR = 0.05
 """Gaps are halved where a measured layer differs from the line between its neighbours by this share of its time,"""
-REFINED_SHARE = 0.005
+REFINED_SHARE = 0.01
 """and, in all of its places together, by this share of a network's."""
 
 
@@ -85,7 +85,10 @@ def refinement(space: Space, points: int, table: LatencyTable, most: int) -> lis
     middle = space.layers(space.channels([CHOICES // 2] * len(space.genes)))
     matters = REFINED_SHARE * sum(table.layer(layer).seconds for layer in middle)
     places, units = Counter(unit.kind for unit in space.units), {unit.kind: unit for unit in space.units}
-    found = [_refined(unit, spread(points), table, matters / places[kind]) for kind, unit in units.items()]
+    found = []
+    for kind, unit in units.items():
+        worst, layers = _refined(unit, spread(points), table, matters / places[kind])
+        found.append((worst * places[kind], layers))
     wanted = dict[Layer, None]()
     for _, layers in sorted(found, key=lambda one: -one[0]):
         new = [layer for layer in layers if layer not in wanted]
@@ -98,7 +101,7 @@ def _refined(unit: Unit, start: Sequence[int], table: LatencyTable, matters: flo
     """The largest error of a place's lines, in seconds, and the layers that would mend it."""
     if unit.tied:
         return 0.0, []
-    axes = [_axis(unit, side, start, table) for side in (0, 1)]
+    axes = _axes(unit, start, table)
     measured = [[table.entries.get(unit.at(*point).key) for point in row] for row in _grid(unit, axes)]
     if any(entry is None for row in measured for entry in row):  # it could not be measured
         return 0.0, []
@@ -115,18 +118,22 @@ def _refined(unit: Unit, start: Sequence[int], table: LatencyTable, matters: flo
     return worst, [layer for layer in layers if layer.key not in table.entries]
 
 
-def _axis(unit: Unit, side: int, start: Sequence[int], table: LatencyTable) -> list[int]:
-    """Choices of one side that were measured with all of the first grid's on the other; one for each width."""
-    slots = (unit.source, unit.target)
-    others = {slots[1 - side].at(choice) for choice in start}
-    widths = {slots[side].at(choice): choice for choice in reversed(range(CHOICES))}
-    first = {slots[side].at(choice) for choice in start}
-    return [
-        choice
-        for width, choice in sorted(widths.items())
-        if width in first
-        or all(unit.at(*((width, other), (other, width))[side]).key in table.entries for other in others)
-    ]
+def _axes(unit: Unit, start: Sequence[int], table: LatencyTable) -> list[list[int]]:
+    """Choices of both sides, one for each width: the first grid's, and others that were measured with all of these."""
+    slots, axes = (unit.source, unit.target), list[list[int]]()
+    first = [{slot.at(choice) for choice in start} for slot in slots]
+    for side, slot in enumerate(slots):
+        choices = {slot.at(choice): choice for choice in reversed(range(CHOICES))}
+        across = [slots[0].at(choice) for choice in axes[0]] if side else sorted(first[1])
+        axes.append(
+            [
+                choice
+                for width, choice in sorted(choices.items())
+                if width in first[side]
+                or all(unit.at(*((other, width) if side else (width, other))).key in table.entries for other in across)
+            ]
+        )
+    return axes
 
 
 def _grid(unit: Unit, axes: Sequence[Sequence[int]]) -> list[list[Point]]:

@@ -80,7 +80,8 @@ class SearchSpec(Model):
     """0 judges candidates with the batch norm statistics that the PruningNet was trained with."""
     rank_by: Literal["accuracy", "loss"] | None = None
     repair: bool | None = None
-    """Whether offspring that miss the budget are moved into it; not in the publication, which drops them."""
+    """Whether offspring that miss the budget are moved into it, and structures within milliseconds as wide as is free;
+    not in the publication, which drops what misses."""
     screening: Annotated[int, Field(ge=1, le=100)] | None = None
     """Offspring bred for each candidate; those that a model of the judged ones expects most of are judged."""
     least_budget_share: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -5,9 +5,9 @@ full, above 1 it breaks one. Latencies are predictions times a correction, which
 prediction; tables, corrections and seconds go by the name of a latency (`latency_name`).
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from workers.sampling import Genes, fill, repair, sample
 Floats = npt.NDArray[np.float64]
 CROWD = 3
 """An enumeration holds so many times the structures that it looks for before it gives up."""
+TIMED_SHARES = [share / 512 for share in range(1, 513)]
+"""Shares of the uniform networks among which the widest that is fast enough is looked for."""
 SMALLEST_SHARE = 0.10
 """The grid begins at a tenth of the base widths, and so does the uniform network."""
 
@@ -62,8 +64,10 @@ class Budget:
         ladder = self.costs(np.array(space.ladder))
         rungs = _tightest(ladder, constraints)
         smallest, largest = float(rungs.min()), float(rungs.max())
-        self.least = least_share * min(1.0, float(rungs[-1]))
-        self._band = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints)), min(1.0, largest)
+        least = least_share * min(1.0, float(rungs[-1]))
+        self.least = 0.0 if self._fills else least  # what is filled is as near as its widths allow
+        self._floor = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints))
+        self._band = max(least, self._floor), min(1.0, largest)
         self._check(ladder)
 
     def channels(self, encodings: Genes) -> Ints:
@@ -96,17 +100,25 @@ class Budget:
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
         """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
         drawn = sample(
-            self.tightness, *self._band, self.space.depths, count, rng, mend=lambda genes: self._filled(genes, rng)
-        )
+            self.tightness, *self._band, self.space.depths, count, rng,
+            mend=lambda genes: self._filled(genes, rng), least=self._floor,
+        )  # fmt: skip
         drawn = self._canonical(drawn)
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
 
     def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:
-        """Encodings (n, g) moved into the budget where they are outside, with as few changes as that takes."""
+        """Encodings (n, g) moved into the budget where they are outside, with as few changes as that takes.
+
+        Within milliseconds all of them are filled besides.
+        """
         return self._canonical(self._filled(repair(self.tightness, *self._band, encodings, rng), rng))
 
     def _filled(self, encodings: Genes, rng: np.random.Generator) -> Genes:
-        return fill(self.tightness, *self._band, encodings, rng) if self._fills else encodings
+        """As wide as is free, and, unless a range of costs is searched, as wide as the budget allows."""
+        if not self._fills:
+            return encodings
+        up = all(bound.minimum == 0 for bound in self.constraints)
+        return fill(self.tightness, *self._band, encodings, rng, up=up)
 
     def everything(self, most: int) -> Genes | None:
         """All feasible structures, one encoding each; None where there are more than `most`, found out at bounded cost.
@@ -143,11 +155,12 @@ class Budget:
         """The smallest choices that give the same widths."""
         return self._first[np.arange(len(self._first)), encodings]
 
-    def predict(self, channels: Sequence[int]) -> dict[str, float]:
-        """Corrected seconds of any channels, also off the grid, for every latency that has a table."""
+    def predict(self, channels: Sequence[int], latencies: Container[str | None] | None = None) -> dict[str, float]:
+        """Corrected seconds of any channels, also off the grid, for every latency that has a table, or some of them."""
         return {
             latency: table.price(self.space, channels).seconds * self.corrections.get(latency, 1.0)
             for latency, table in self.tables.items()
+            if latencies is None or latency in latencies
         }
 
     def uniform(self, of: float = 1.0) -> tuple[int, ...]:
@@ -155,17 +168,22 @@ class Budget:
 
         Where none is within them, the smallest.
         """
-        networks, costs = self._uniforms
-        within = np.all([_values(costs, bound) <= of * bound.maximum for bound in self.constraints], axis=0)
-        return networks[np.flatnonzero(within)[-1] if within.any() else 0]
+        if self._timed:  # a wider one may be faster
+            wanted = reversed(self._shares_of(TIMED_SHARES))
+            return next((one for one in wanted if self._within(one, of)), self.space.uniform(SMALLEST_SHARE))
+        networks = self._shares_of(
+            {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
+        )
+        at = bisect_left(networks, True, key=lambda one: not self._within(one, of))
+        return networks[max(0, at - 1)]
 
-    @cached_property
-    def _uniforms(self) -> tuple[list[tuple[int, ...]], Costs]:
-        """Every uniform network from the smallest to the largest, and what they cost."""
-        widths = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
-        shares = sorted(share for share in widths if share >= SMALLEST_SHARE)
-        networks = list(dict.fromkeys(map(self.space.uniform, shares)))
-        return networks, self._priced(np.array(networks, dtype=np.int64))
+    def _shares_of(self, shares: Iterable[float]) -> list[tuple[int, ...]]:
+        """The uniform networks of some shares, from the smallest to the largest."""
+        return list(dict.fromkeys(map(self.space.uniform, sorted(s for s in shares if s >= SMALLEST_SHARE))))
+
+    def _within(self, channels: Sequence[int], of: float) -> bool:
+        costs = self._priced(np.array([channels], dtype=np.int64), {bound.latency for bound in self.constraints})
+        return all(_values(costs, bound)[0] <= of * bound.maximum for bound in self.constraints)
 
     def shares(self, channels: Ints) -> Floats:
         """The largest share (n,) of an upper bound that any channels (n, s) use, also off the grid."""
@@ -176,9 +194,9 @@ class Budget:
         costs = self._priced(np.array([channels], dtype=np.int64))
         return all(bound.allows(float(_values(costs, bound)[0])) for bound in self.constraints)
 
-    def _priced(self, channels: Ints) -> Costs:
-        rows = [self.predict(row) for row in channels.tolist()]
-        seconds = {device: np.array([row[device] for row in rows]) for device in self.tables}
+    def _priced(self, channels: Ints, latencies: Container[str | None] | None = None) -> Costs:
+        rows = [self.predict(row, latencies) for row in channels.tolist()]
+        seconds = {latency: np.array([row[latency] for row in rows]) for latency in rows[0]}
         return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
     def _check(self, costs: Costs) -> None:

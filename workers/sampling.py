@@ -47,7 +47,7 @@ def numpy_generator(seed: int, *counters: int | str) -> np.random.Generator:
 
 def sample(
     cost: Cost, low: float, high: float, depths: Sequence[float], count: int, rng: np.random.Generator,
-    spread: float = 1.0, mend: Callable[[Genes], Genes] = lambda encodings: encodings,
+    spread: float = 1.0, mend: Callable[[Genes], Genes] = lambda encodings: encodings, least: float | None = None,
 ) -> Genes:  # fmt: skip
     """Up to `count` encodings (n, g) with a cost in [low, high]; fewer where the band holds few.
 
@@ -55,12 +55,13 @@ def sample(
         depths: of every gene, from -1 to 1 (`Space.depths`).
         spread: below 1 it draws structures that are nearer to the uniform width.
         mend: changes what was drawn before its cost counts.
+        least: cost of what is mended, where that may be below the band.
     """
     found = np.empty((0, len(depths)), dtype=np.int64)
     for _ in range(ROUNDS):
         drawn = mend(_shifted(cost, low, high, spread * _directions(depths, max(32, 2 * count), rng), rng))
         costs = cost(drawn)
-        found = np.concatenate([found, drawn[(costs >= low) & (costs <= high)]])
+        found = np.concatenate([found, drawn[(costs >= (low if least is None else least)) & (costs <= high)]])
         if len(found) >= count:
             break
     return found[:count]
@@ -81,12 +82,12 @@ def repair(cost: Cost, low: float, high: float, encodings: Genes, rng: np.random
     return repaired
 
 
-def fill(cost: Cost, low: float, high: float, encodings: Genes, rng: np.random.Generator) -> Genes:
-    """Encodings (n, g) as wide as their cost allows, narrowed where it is above `high`, and filled up to it."""
+def fill(cost: Cost, low: float, high: float, encodings: Genes, rng: np.random.Generator, *, up: bool = True) -> Genes:
+    """Encodings (n, g) as wide as is free, narrowed where they cost more than `high`, and with `up` filled up to it."""
     encodings = _widened(cost, cost(encodings), encodings, rng)
     targets = np.where(cost(encodings) > high, rng.uniform(low, high, len(encodings)), high)
     encodings = _narrowed(cost, targets, encodings, rng)
-    for _ in range(FILLS):
+    for _ in range(FILLS if up else 0):
         encodings = _widened(cost, rng.uniform(low, high, len(encodings)), encodings, rng)
     return encodings
 

@@ -110,9 +110,10 @@ class Unit:
         return self.source is self.target
 
     @property
-    def kind(self) -> tuple[str, Slot, Slot]:
-        """What all layers of this place depend on: repeated blocks share theirs."""
-        return f"{self.features}*{self.at(1, 1).family}", self.source, self.target
+    def kind(self) -> tuple[str, bool, tuple[int, bool], tuple[int, bool]]:
+        """Places of one kind can have the same layers."""
+        ends = [(slot.base, slot.index is None) for slot in (self.source, self.target)]
+        return f"{self.features}*{self.at(1, 1).family}", self.tied, ends[0], ends[1]
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
 def _finer(session: Session, device: Device, profile: Profile, touched: set[str], open_layers: set[str]) -> bool:
     """Whether the last of a profile's layers have ended just now and show that more are needed."""
     layers, _ = work.profile_keys(profile)
-    if profile.refined is None or touched.isdisjoint(layers) or not layers.isdisjoint(open_layers):
+    if profile.planned_table_id != device.table_id or touched.isdisjoint(layers) or not layers.isdisjoint(open_layers):
         return False
     return work.refine(session, profile, measurements.load_table(session, device.name))
 

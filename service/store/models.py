@@ -250,8 +250,8 @@ class Profile(Base):
     """`full` (every choice) or `sampled` (`points` widths per slot, the rest interpolated)."""
     points: Mapped[int]
     refined: Mapped[list[str] | None]
-    """Keys of the layers that were planned since, where widths between measured ones are priced badly; None where the
-    grid stays as it is."""
+    """Keys of the layers that were planned since, for all tables: widths between measured ones were priced badly. None
+    where the grid stays as it is."""
     planned_table_id: Mapped[str | None] = mapped_column(String(32))
     """The table whose work rows exist; another one means that the fingerprint changed."""
     created_at: Mapped[float] = mapped_column(default=now())

@@ -8,7 +8,7 @@ Work whose lease ran out is suspect, since it may have killed its agent: it is l
 among fewer and fewer others, and has failed when it was lost alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -61,9 +61,10 @@ def network_item(space: Space, channels: Sequence[int], purpose: str, statistic:
     return Item(WorkKind.NETWORK, network_key(space, channels, purpose), payload)
 
 
-def profile_items(space: Space, points: int) -> list[Item]:
-    """What a profile measures: layers, then the networks that their sum is calibrated on."""
-    ordered = by_expected_error(space, plan_layers(space, points))
+def profile_items(space: Space, points: int, refined: Collection[str] = ()) -> list[Item]:
+    """What a profile measures: layers, refined ones among them, then the networks that their sum is calibrated on."""
+    more = [layer for layer in plan_layers(space) if layer.key in refined] if refined else []
+    ordered = by_expected_error(space, [*plan_layers(space, points), *more])
     layers = [Item(WorkKind.LAYER, layer.key, {"layer": layer.to_json()}) for layer in ordered]
     return layers + [network_item(space, channels, purpose) for channels, purpose in calibration_networks(space)]
 
@@ -118,12 +119,11 @@ def plan_profile(session: Session, profile: Profile, table_id: str, *, for_job: 
     )  # fmt: skip
     priority = FOR_JOB if for_job else 10 * (1 + session.scalars(query).one())
     measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == table_id)))
-    items = [item for item in profile_items(profile_space(profile), profile.points) if item.key not in measured]
+    every = profile_items(profile_space(profile), profile.points, frozenset(profile.refined or ()))
+    items = [item for item in every if item.key not in measured]
     add(session, table_id, [item for item in items if item.kind is WorkKind.LAYER], priority)
     add(session, table_id, [item for item in items if item.kind is WorkKind.NETWORK], priority + 1)
     profile.planned_table_id = table_id
-    if profile.refined:
-        profile.refined = []
 
 
 def refine(session: Session, profile: Profile, table: LatencyTable) -> bool:
@@ -135,11 +135,11 @@ def refine(session: Session, profile: Profile, table: LatencyTable) -> bool:
         return False
     found = refinement(space, profile.points, table, most)
     layers = [layer for layer in by_expected_error(space, found) if layer.key not in known]
-    of_first = select(func.min(Work.priority)).where(
-        Work.table_id == profile.planned_table_id, Work.kind == WorkKind.LAYER, Work.key.in_(list(first)[:1])
+    networks = select(func.min(Work.priority)).where(
+        Work.table_id == profile.planned_table_id, Work.key.in_(_network_keys(space))
     )  # fmt: skip
     items = [Item(WorkKind.LAYER, layer.key, {"layer": layer.to_json()}) for layer in layers]
-    add(session, profile.planned_table_id, items, session.scalar(of_first) or FOR_JOB)
+    add(session, profile.planned_table_id, items, (session.scalar(networks) or FOR_JOB + 1) - 1)
     profile.refined = [*profile.refined, *(item.key for item in items)]
     waiting = open_keys(session, profile.planned_table_id, WorkKind.LAYER)
     return any(item.key in waiting for item in items)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,32 @@ def test_visits_lie_apart_where_others_can_disturb(yardstick: float | None, apar
     measure = Moody(*[(1.0, 1.0)] * 3, yardstick=yardstick)
     measure_groups(measure, [network_item(1)], np.random.default_rng(0), wait=waited.append)
     assert waited == pytest.approx([APART - 0.1] * apart, abs=0.1)
+
+
+def test_every_network_has_its_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was measured last and comes first in the next round."""
+    clock, at = [0.0], dict[int, list[float]]()
+    monkeypatch.setattr("latency_profiler.measuring.time.monotonic", lambda: clock[0])
+
+    def measure(items: Sequence[Json], seed: int) -> list[Json]:
+        results = []
+        for item in items:
+            at.setdefault(item["work_id"], []).append(clock[0])
+            conditions = {"at": "now", "p90": 1.0, "yardstick": 1e-4}
+            about = {"seconds": 1.0, "iqr": 0.0, "steady": True, "values": [1.0], "conditions": conditions}
+            results.append({"work_id": item["work_id"], **about})
+        clock[0] += 0.7
+        return results
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
+    items = [layer_item(1000 + i, 8 + i) for i in range(20)] + [network_item(i) for i in range(1, 30)]
+    measure_groups(measure, items, np.random.default_rng(0), wait=wait)
+    gaps = [after - before for times in at.values() for before, after in pairwise(times)]
+    assert len(gaps) == 2 * 29
+    assert min(gaps) >= APART
+    assert clock[0] < 15, "and no longer than that takes"
 
 
 def test_visits_end_when_one_fails_or_the_agent_is_stopped() -> None:

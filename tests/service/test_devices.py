@@ -153,6 +153,26 @@ def test_a_profile_is_refined_before_it_is_fitted(client: TestClient) -> None:
     assert client.post("/v1/devices/bench/profiles", json=profile).json() == shown, "asking again changes nothing"
 
 
+def test_a_table_that_comes_back_goes_on_with_its_refinement(client: TestClient) -> None:
+    """And the one between is refined where the first was, too."""
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json={**PROFILE, "points": 4})
+    items = lease(client, agent).json()["items"]
+    upload(client, agent, [stepped(item) for item in items])
+    [before] = client.get("/v1/devices/bench/profiles").json()["items"]
+    assert before["refined"] > 0
+    other = lease(client, agent, {"cpu": "other", "threads": 1}).json()["items"]
+    assert sum(item["kind"] == "layer" for item in other) == len(plan_layers(SPACE, 4)) + before["refined"]
+    rounds = 0
+    while (items := lease(client, agent).json()["items"]) and "|repeated" not in items[0]["key"]:
+        upload(client, agent, [stepped(item) for item in items], f"back{rounds}")
+        rounds += 1
+    [after] = client.get("/v1/devices/bench/profiles").json()["items"]
+    assert after["refined"] >= before["refined"]
+    assert after["fit"] is not None
+    assert client.get("/v1/devices/bench").json()["table"]["entries"] == len(plan_layers(SPACE, 4)) + after["refined"]
+
+
 @pytest.mark.parametrize("how", [{"refine": False}, {"mode": "full"}])
 def test_a_grid_stays_as_it_is_where_that_is_asked_for(client: TestClient, how: dict[str, Any]) -> None:
     agent = register(client)

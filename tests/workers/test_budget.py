@@ -231,6 +231,30 @@ def test_within_milliseconds_structures_are_as_wide_as_is_free(share: float) -> 
     assert filled.sample(64, numpy_generator(0, "free")).tolist() == wide.tolist()
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_hardly_any_filled_structure_is_refused(name: str) -> None:
+    """Filled ones may stay below the asked share of the budget: nothing in them can be wider."""
+    space = get_space(name, 32, 0.5, 10, free_last=True)
+    table = odd(space)
+    whole = table.price(space, space.channels(space.largest)).seconds
+    bound = Constraint(Metric.LATENCY, 0.9 * whole, device="odd")
+    budget = Budget(space, [bound], {"odd": table}, {}, 0.97)
+    random = numpy_generator(0).integers(0, 31, (100, len(space.genes)))
+    assert budget.feasible(budget.repair(random, numpy_generator(1))).mean() > 0.9
+    assert len(budget.sample(50, numpy_generator(2))) == 50
+
+
+def test_a_range_of_milliseconds_keeps_its_cheap_end() -> None:
+    table = table_of(SPACE)
+    whole = table.price(SPACE, SPACE.channels(SPACE.largest)).seconds
+    bound = Constraint(Metric.LATENCY, whole, 0.3 * whole, device="d")
+    tightness = [
+        np.quantile(budget.tightness(budget.sample(200, numpy_generator(0))), (0.1, 0.5, 0.9))
+        for budget in (Budget(SPACE, [bound], {"d": table}, {}, 0.0, fills) for fills in (True, False))
+    ]
+    assert tightness[0] == pytest.approx(tightness[1], abs=0.07)
+
+
 def test_filling_never_narrows_a_gene_that_is_within_the_budget() -> None:
     budget = of_odd(0.7)
     drawn = budget.sample(32, numpy_generator(3))

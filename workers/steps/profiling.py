@@ -25,7 +25,7 @@ from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
 DRAWN = 64
-"""Structures whose median says how many multiply-adds a budget in milliseconds allows."""
+"""Structures that say how many multiply-adds a budget in milliseconds allows."""
 
 
 def begin(context: Context, job: Job) -> Outcome:
@@ -74,14 +74,15 @@ def step(context: Context, job: Job) -> Outcome:
 def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
     """Note the FLOPs of networks at the ends of what is searched; returns warnings.
 
-    They are those of the uniform networks there, or, within milliseconds, the median of what a search begins with: its
-    widths are those that the device is fast with, and it has more multiply-adds than a uniform network.
+    They are those of the uniform networks there. Where structures are filled, they are of those that a search begins
+    with, which have widths that the device is fast with: their median, or what nine of ten stay below in a range.
     """
     budget, warnings = _budget(context, job, memory)
     memory["flops"] = flops(context.space.layers(budget.uniform()))
-    if context.constrained:
+    if context.constrained and context.spec.search.repair:
         drawn = budget.costs(budget.sample(DRAWN, numpy_generator(context.spec.seed, "flops"))).flops
-        memory["flops"] = int(np.median(drawn)) if len(drawn) else memory["flops"]
+        share = 0.9 if context.spec.objective == "front" else 0.5
+        memory["flops"] = int(np.quantile(drawn, share)) if len(drawn) else memory["flops"]
     if context.spec.objective == "front":
         [bound] = budget.constraints
         memory["least_flops"] = flops(context.space.layers(budget.uniform(bound.minimum / bound.maximum)))

@@ -103,7 +103,7 @@ def _family(context: Context) -> str:
 
 
 def _band(context: Context, job: Job) -> tuple[float, float]:
-    """FLOPs between which structures are sampled: around the uniform networks at the budget, or everything."""
+    """FLOPs between which structures are sampled: around those of the budget, or everything."""
     if context.spec.training.band is None:
         return 0.0, float(2**53)
     low, high = context.spec.training.band
@@ -112,7 +112,7 @@ def _band(context: Context, job: Job) -> tuple[float, float]:
 
 
 def _range(job: Job) -> tuple[float, float]:
-    """FLOPs of the uniform networks at the cheap and the dear end of what is searched."""
+    """FLOPs at the cheap and the dear end of what is searched (`profiling`)."""
     return job.memory.get("least_flops", job.memory["flops"]), job.memory["flops"]
 
 
