@@ -115,13 +115,43 @@ def test_refined_grids_price_better_than_finer_ones_of_as_many_layers() -> None:
     assert error(layers) < error(finer) < error(plan_layers(SPACE, 6))
 
 
-def test_refinement_is_limited_and_skips_what_could_not_be_measured() -> None:
-    device = Simulated(Settings())
-    every = refinement(SPACE, 4, measured(plan_layers(SPACE, 4), device._layer_seconds), 10_000)
-    some = refinement(SPACE, 4, measured(plan_layers(SPACE, 4), device._layer_seconds), len(every) - 1)
-    assert 0 < len(some) <= len(every) - 1
+def stepped(layer: Layer) -> float:
+    """Twice the time from 60 outputs up."""
+    return 1e-6 * (10 + layer.c_in + layer.c_out) * (2 if layer.c_out >= 60 else 1)
+
+
+def test_refinement_is_limited_and_needs_a_measured_grid() -> None:
+    table = measured(plan_layers(SPACE, 4), stepped)
+    every = refinement(SPACE, 4, table, 10_000)
+    assert len(every) > 10
+    assert refinement(SPACE, 4, table, len(every)) == every
+    assert refinement(SPACE, 4, table, 0) == []
+    for most in range(1, len(every), 7):
+        some = refinement(SPACE, 4, table, most)
+        assert len(some) <= most
+        assert set(some) <= set(every)
     with pytest.raises(MissingLatencies):
-        refinement(SPACE, 6, LatencyTable("d", "f"), 10)
+        refinement(SPACE, 4, LatencyTable("d", "f"), 10)
+
+
+def test_around_a_layer_that_could_not_be_measured_nothing_is_refined() -> None:
+    planned = plan_layers(SPACE, 4)
+    families = {layer.family for layer in refinement(SPACE, 4, measured(planned, stepped), 10_000)}
+    assert "conv-k1s1p0-2x2-bn-relu" in families
+    lost = next(layer for layer in planned if layer.family == "conv-k1s1p0-2x2-bn-relu")
+    rest = measured([layer for layer in planned if layer != lost], stepped)
+    spoiled = {
+        unit.kind
+        for unit in SPACE.units
+        if unit.at(1, 1).family == lost.family
+        and lost.c_in in unit.source.widths()
+        and lost.c_out in unit.target.widths()
+    }
+    found = set(refinement(SPACE, 4, rest, 10_000))
+    assert spoiled
+    for unit in SPACE.units:
+        if unit.kind in spoiled:
+            assert found.isdisjoint({unit.at(i, j) for i in unit.source.widths() for j in unit.target.widths()})
 
 
 def test_errors_of_gaps() -> None:
