@@ -17,7 +17,7 @@ from latency_profiler.errors import (
     NotCalibrated,
     NotFound,
 )
-from latency_profiler.lookup_table import LatencyTable
+from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import WEIGHTED, Space
 from service.methods import UNSTRUCTURED
@@ -145,6 +145,8 @@ def _table(session: Session, space: Space, constraint: Constraint) -> LatencyTab
 def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | None = None) -> None:
     """Compare a constraint with the cheapest and the dearest of structures from the smallest to the largest.
 
+    The fastest structure is none of these where widths are fast that are not the smallest (`LatencyModel.fastest`).
+
     A latency cannot be judged before the device's table prices them; the job then waits for its profile.
 
     Raises:
@@ -154,6 +156,8 @@ def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | N
         return
     try:
         values = [_value(space, encoding, constraint, table) for encoding in space.ladder]
+        if table is not None and constraint.maximum < min(values):
+            values.append(_value(space, LatencyModel(table, space).fastest, constraint, table))
     except MissingLatencies:
         return
     smallest, largest = min(values), max(values)

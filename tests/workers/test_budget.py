@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable, plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.submission import check_feasible
@@ -231,7 +231,7 @@ def test_within_milliseconds_structures_are_as_wide_as_is_free(share: float) -> 
     assert filled.sample(64, numpy_generator(0, "free")).tolist() == wide.tolist()
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet20"])
 def test_hardly_any_filled_structure_is_refused(name: str) -> None:
     """Filled ones may stay below the asked share of the budget: nothing in them can be wider."""
     space = get_space(name, 32, 0.5, 10, free_last=True)
@@ -314,5 +314,16 @@ def test_a_device_on_which_the_smallest_is_not_the_fastest_has_a_budget() -> Non
     drawn = Budget(space, [bound], {"odd": table}, {}).sample(8, np.random.default_rng(0))
     assert len(drawn)
     assert all(table.price(space, space.channels(genes)).seconds <= asked for genes in drawn.tolist())
-    with pytest.raises(InfeasibleConstraint, match="latency_ms within"):
-        check_feasible(space, Constraint(Metric.LATENCY, min(prices) * 0.5, device="odd"), table)
+    fastest = table.price(space, space.channels(LatencyModel(table, space).fastest)).seconds
+    assert fastest < 0.9 * min(prices), "no uniform network is as fast"
+    tight = Constraint(Metric.LATENCY, 1.05 * fastest, device="odd")
+    check_feasible(space, tight, table)
+    assert len(Budget(space, [tight], {"odd": table}, {}).sample(8, np.random.default_rng(0)))
+    for within in (
+        Constraint(Metric.LATENCY, 0.99 * fastest, device="odd"),
+        Constraint(Metric.LATENCY, 1e-6, device="odd"),
+    ):
+        with pytest.raises(InfeasibleConstraint, match="latency_ms within"):
+            check_feasible(space, within, table)
+        with pytest.raises(InfeasibleConstraint):
+            Budget(space, [within], {"odd": table}, {})
