@@ -32,9 +32,9 @@ from latency_profiler.calibration import (
     sum_of_layers,
 )
 from latency_profiler.device import conditions, cpu
-from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyTable
 from latency_profiler.measuring import measure_work
-from latency_profiler.planning import refinement
+from latency_profiler.planning import plan_layers, refinement
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space

@@ -18,7 +18,8 @@ from dataclasses import asdict
 from benchmarks import stores
 from latency_profiler.cost import Ints, layer_flops
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service import reconciler

@@ -25,7 +25,8 @@ import torch
 
 from latency_profiler.cost import Constraint, Metric
 from latency_profiler.device import cpu
-from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.spaces.registry import get_space

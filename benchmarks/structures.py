@@ -22,7 +22,8 @@ from sqlalchemy.orm import Session
 
 from benchmarks import stores
 from latency_profiler.cost import Ints, layer_flops
-from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import reconciler
 from service.specs import JobRequest

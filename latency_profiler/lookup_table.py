@@ -368,32 +368,6 @@ class LatencyModel:
         return total
 
 
-def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
-    """The distinct layers to measure so that every structure of a space can be priced.
-
-    A layer whose input and output are one width (depthwise, poolings) is always planned at every choice: these are
-    few, and interpolation does them worst (runtimes have a fast depthwise kernel for multiples of 4 channels only,
-    seen 10 to 27 times faster than its neighbours).
-
-    Args:
-        space: whose layers.
-        points: widths per slot, spread over its 31 choices; the rest is interpolated. None plans every choice. Fixed
-            slots are planned like genes, since the uniform network scales them too.
-    """
-    sampled, layers = spread(points), dict[Layer, None]()
-    for unit in space.units:
-        choices = range(CHOICES) if unit.tied else sampled
-        for i, j in product(choices, choices):
-            if not unit.tied or i == j:
-                layers[unit.at(unit.source.at(i), unit.target.at(j))] = None
-    return list(layers)
-
-
-def spread(points: int | None) -> list[int]:
-    """So many choices, spread over all; None is every one."""
-    return sorted({round(x) for x in np.linspace(0, CHOICES - 1, points or CHOICES)})
-
-
 def _matrix(table: LatencyTable, unit: Unit, fit: Fit) -> Matrix:
     """Row of each source width, column of each target width, and the seconds in a network at (row, column)."""
     sources, targets = unit.source.widths(), unit.target.widths()

@@ -17,7 +17,8 @@ from latency_profiler.calibration import Verdict, judge
 from latency_profiler.cost import Statistic
 from latency_profiler.errors import MeasurementFailed, NotCalibrated
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.store import devices, jobs, work

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import FITTED, HELD_OUT, REPEATED, calibration_networks
 from latency_profiler.cost import Statistic
-from latency_profiler.lookup_table import LatencyTable, plan_layers
-from latency_profiler.planning import by_expected_error, refinement
+from latency_profiler.lookup_table import LatencyTable
+from latency_profiler.planning import by_expected_error, plan_layers, refinement
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing

@@ -5,8 +5,8 @@ import pytest
 
 from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Op
-from latency_profiler.lookup_table import plan_layers
 from latency_profiler.measuring import measure_work
+from latency_profiler.planning import plan_layers
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.runtimes.simulated import Simulated, SimulatedSubject
 from latency_profiler.spaces.registry import get_space

@@ -9,7 +9,8 @@ import pytest
 from latency_profiler.cost import layer_flops
 from latency_profiler.errors import InvalidInput, MissingLatencies
 from latency_profiler.layers import Activation, Layer, Op
-from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import Space
 

@@ -8,8 +8,8 @@ import pytest
 from latency_profiler.cost import layer_flops
 from latency_profiler.errors import MissingLatencies
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
-from latency_profiler.planning import _errors, _halved, by_expected_error, refinement
+from latency_profiler.lookup_table import Entry, LatencyTable
+from latency_profiler.planning import _errors, _halved, by_expected_error, plan_layers, refinement
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.spaces.registry import get_space

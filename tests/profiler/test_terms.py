@@ -12,7 +12,8 @@ from latency_profiler.calibration import (
     sum_of_layers,
 )
 from latency_profiler.layers import Layer, Op
-from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.terms import BYTES, in_network, is_term, terms_of
 

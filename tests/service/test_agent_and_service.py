@@ -10,7 +10,8 @@ from latency_profiler.agent import Agent, Options
 from latency_profiler.client import Client
 from latency_profiler.device import fingerprint
 from latency_profiler.errors import ServiceError
-from latency_profiler.lookup_table import LatencyTable, plan_layers
+from latency_profiler.lookup_table import LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.spaces.registry import get_space

@@ -10,7 +10,8 @@ from sqlalchemy import select, text
 
 from latency_profiler.calibration import NETWORKS
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import broker
 from service.store import jobs

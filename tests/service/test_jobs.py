@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
 from latency_profiler.cost import flops
-from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import broker
 from service.store import devices, exchange, jobs, structures

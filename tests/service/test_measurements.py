@@ -17,8 +17,8 @@ from latency_profiler.calibration import NETWORKS, calibration_networks, fit_net
 from latency_profiler.cost import CostModel
 from latency_profiler.errors import MeasurementFailed, NotFound
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
-from latency_profiler.planning import by_expected_error
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable
+from latency_profiler.planning import by_expected_error, plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.store import agents, datasets, devices, exchange, measurements, work

@@ -9,7 +9,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from latency_profiler.cost import layer_flops
-from latency_profiler.lookup_table import Entry, Fit, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, Fit, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import reconciler
 from service.specs import JobRequest

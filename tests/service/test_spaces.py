@@ -6,7 +6,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from latency_profiler.cost import authors_flops, flops, parameters
-from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.quote import quote
 from latency_profiler.spaces.registry import SPACES, get_space
 from service.store import devices, exchange

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.layers import Layer
-from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.submission import check_feasible

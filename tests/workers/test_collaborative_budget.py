@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parameters
 from latency_profiler.errors import InvalidInput
-from latency_profiler.lookup_table import Entry, LatencyTable, plan_layers
+from latency_profiler.lookup_table import Entry, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import Space
 from workers.budget import Budget
