@@ -10,7 +10,7 @@ import pytest
 
 from latency_profiler.graphs import build_model
 from latency_profiler.quantising import quantised, weight_steps
-from latency_profiler.runtimes.base import Settings
+from latency_profiler.runtimes.base import Loaded, Settings
 from latency_profiler.tensors import random_inputs, random_weights, single
 from tests.profiler.test_graphs import reference
 from tests.profiler.test_runtimes import LAYERS, NETWORKS, opened, structure
@@ -39,8 +39,9 @@ def test_layers_in_int8_are_near(runtime: str) -> None:
     for layer in LAYERS:
         nodes = single(layer)
         expected = reference(nodes, random_weights(nodes), random_inputs(nodes, 2))
-        output = quick.load_layer(layer).output()  # type: ignore[attr-defined]
-        assert np.abs(output - expected).mean() < 0.05, layer.key
+        loaded = quick.load_layer(layer)
+        assert isinstance(loaded, Loaded)
+        assert np.abs(loaded.output() - expected).mean() < 0.05, layer.key
 
 
 def test_every_output_channel_has_steps_of_its_own() -> None:
