@@ -78,6 +78,9 @@ class SearchSpec(Model):
     mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     recalibration_images: Literal[0] | Annotated[int, Field(ge=16, le=1_000_000)] | None = None
     """0 judges candidates with the batch norm statistics that the PruningNet was trained with."""
+    classifier_images: Literal[0] | Annotated[int, Field(ge=16, le=1_000_000)] | None = None
+    """Training images on which every candidate's classifier is fitted anew; 0 judges with the PruningNet's, which knows
+    wide last layers too little."""
     rank_by: Literal["accuracy", "loss"] | None = None
     repair: bool | None = None
     """Whether offspring that miss the budget are moved into it, and structures within milliseconds as wide as is free;
@@ -211,6 +214,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 MEMBERS = 3
 """So many structures of a front are trained from scratch where the request names no number."""
+CLASSIFIER_IMAGES = {"smoke": 0, "quick": 0, "standard": 5000, "paper": 0}
 LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
 """`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
@@ -236,6 +240,7 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
             preset |= {"mutation_probability": 0.1 if paper else 0.2, "rank_by": "accuracy" if paper else "loss"}
             preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort] if request.objective == "best" else 0.0
             preset |= {"repair": not paper, "screening": 1 if paper else 4}
+            preset["classifier_images"] = CLASSIFIER_IMAGES[request.effort]
         if part == "retraining" and request.objective == "front":
             preset["top"] = MEMBERS
         if paper:

@@ -23,6 +23,13 @@ BATCH = 250
 KEPT_BYTES = 2**28
 """Sets of images that need no more are normalised once for all candidates."""
 
+PULL = 100.0
+"""How strongly a classifier that is fitted anew holds to the weights that it had: the precision of a normal prior on
+their differences, for standardised features."""
+FITTING_STEPS = 30
+TINY = 1e-3
+"""Least deviation of a feature."""
+
 
 class Images(Protocol):
     """Labelled images that are read in batches."""
@@ -38,21 +45,25 @@ class Scorer:
 
     Args:
         recalibration_images: of the sub-training set, chosen by `seed`; 0 keeps the statistics that were trained.
+        classifier_images: of the same; 0 keeps the classifier that was trained.
     """
 
     def __init__(
-        self, network: PruningNet, data: Data, *, recalibration_images: int, seed: int, device: torch.device,
-        batch_size: int = BATCH,
+        self, network: PruningNet, data: Data, *, recalibration_images: int, classifier_images: int = 0, seed: int,
+        device: torch.device, batch_size: int = BATCH,
     ) -> None:  # fmt: skip
         self._network, self._device, self._batch_size = network.to(device), device, batch_size
         self._recalibration = kept(data.sub_training.sample(recalibration_images, seed), data.image_size)
+        self._fitting = kept(data.sub_training.sample(classifier_images, seed), data.image_size)
         self._validation = kept(data.sub_validation, data.image_size)
 
     def score(self, encoding: Sequence[int]) -> Score:
-        """Accuracy and loss on the sub-validation set with generated weights and recalibrated batch norms."""
+        """Accuracy and loss on the sub-validation set: weights generated, batch norms and classifier fitted anew."""
         plain = self._network.crop(encoding)
         if len(self._recalibration):
             recalibrate(plain, self._recalibration, self._batch_size, self._device)
+        if len(self._fitting):
+            refit(plain, self._fitting, self._batch_size, self._device)
         return evaluate(plain, self._validation, self._device, self._batch_size)
 
 
@@ -89,6 +100,39 @@ def recalibrate(network: nn.Module, batches: Images, batch_size: int, device: to
     for images, _ in batches.plain(batch_size, device):
         network(images)
     network.eval()
+
+
+def refit(network: PlainNetwork, batches: Images, batch_size: int, device: torch.device) -> None:
+    """Train the classifier alone on these images, from the weights that it has; leaves the network in eval mode.
+
+    A logistic regression on standardised features, with a prior around those weights (`PULL`).
+    """
+    network.eval()
+    last = len(network.nodes) - 1
+    classifier, forward = network.linears[str(last)], network.folded(until=last)
+    assert isinstance(classifier, nn.Linear)
+    with torch.no_grad():
+        parts = [(forward(images).flatten(1).float(), labels) for images, labels in batches.plain(batch_size, device)]
+        features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        deviation, mean = torch.std_mean(features, 0)
+        deviation += TINY
+        standardised = (features - mean) / deviation
+        start = classifier.weight * deviation
+    weight = start.clone().requires_grad_()
+    bias = (classifier.bias + classifier.weight @ mean).detach().requires_grad_()
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=FITTING_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        fit = functional.cross_entropy(functional.linear(standardised, weight, bias), labels)
+        penalised = fit + PULL / 2 / len(labels) * (weight - start).square().sum()
+        penalised.backward()  # type: ignore[no-untyped-call]
+        return penalised
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        classifier.weight.copy_(weight / deviation)
+        classifier.bias.copy_(bias - classifier.weight @ mean)
 
 
 @torch.inference_mode()

@@ -115,9 +115,13 @@ class PlainNetwork(nn.Module):
         """Logits (b, classes) of images (b, 3, s, s)."""
         return self.run(images, self.compute)
 
-    def run(self, images: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Logits of images (b, 3, s, s) where `apply` computes the nodes (`compute` does it as they are)."""
-        return run(self.nodes, images.mean(1, keepdim=True) if self.space.image_channels == 1 else images, apply)
+    def run(self, images: Tensor, apply: Callable[[int, Tensor], Tensor], until: int | None = None) -> Tensor:
+        """Logits of images (b, 3, s, s) where `apply` computes the nodes (`compute` does it as they are).
+
+        With `until`, the output of the node before that one.
+        """
+        grey = self.space.image_channels == 1
+        return run(self.nodes[:until], images.mean(1, keepdim=True) if grey else images, apply)
 
     def compute(self, i: int, x: Tensor) -> Tensor:
         """Node i, up to its addition and activation."""
@@ -132,14 +136,17 @@ class PlainNetwork(nn.Module):
             case _:
                 return pool(layer, x)
 
-    def folded(self) -> Callable[[Tensor], Tensor]:
-        """What the network does in eval mode, with its batch norms folded into the convolutions as they are now."""
+    def folded(self, until: int | None = None) -> Callable[[Tensor], Tensor]:
+        """What the network does in eval mode, with its batch norms folded into the convolutions as they are now.
+
+        With `until`, up to the node before that one.
+        """
         folded = {int(name): fold(self.weight(int(name)), norm) for name, norm in self.norms.items()}
 
         def compute(i: int, x: Tensor) -> Tensor:
             return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self.compute(i, x)
 
-        return lambda images: self.run(images, compute)
+        return lambda images: self.run(images, compute, until)
 
     def weight(self, i: int) -> Tensor:
         """Weight (c_out, c_in / groups, k, k) of the convolution, or (c_out, c_in) of the linear layer, at node i."""

@@ -3,7 +3,8 @@ import torch
 
 from latency_profiler.spaces.registry import get_space
 from workers.datasets import Data
-from workers.evaluation import Scorer, evaluate, recalibrate
+from workers.evaluation import Scorer, evaluate, recalibrate, refit
+from workers.networks import PlainNetwork
 from workers.pruning_net import PruningNet
 
 SPACE = get_space("mobilenet_v1", 8, 0.125, 4, True)
@@ -42,6 +43,44 @@ def test_without_recalibration_the_trained_statistics_count(data: Data) -> None:
     score = Scorer(net, data, recalibration_images=0, seed=0, device=CPU).score(SPACE.largest)
     assert score == evaluate(trained, data.sub_validation, CPU)
     assert score != Scorer(net, data, recalibration_images=64, seed=0, device=CPU).score(SPACE.largest)
+
+
+def test_fitting_the_classifier_changes_nothing_else_and_makes_up_for_a_bad_one(data: Data) -> None:
+    plain = PlainNetwork(SPACE, SPACE.channels(SPACE.largest))
+    recalibrate(plain, data.sub_training, 50, CPU)
+    classifier = plain.linears[str(len(plain.nodes) - 1)]
+    torch.nn.init.normal_(classifier.weight, std=0.1)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    bad = evaluate(plain, data.sub_training, CPU)
+    refit(plain, data.sub_training, 50, CPU)
+    good, after = evaluate(plain, data.sub_training, CPU), plain.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"linears.{len(plain.nodes) - 1}.{part}" for part in ("weight", "bias")}
+    assert good.loss < 0.75 * bad.loss
+    assert good.accuracy > 2 * bad.accuracy
+
+
+def test_a_fitted_classifier_holds_to_its_weights_where_images_say_nothing(data: Data) -> None:
+    plain = PlainNetwork(SPACE, SPACE.channels(SPACE.largest))
+    recalibrate(plain, data.sub_training, 50, CPU)
+    last = len(plain.nodes) - 1
+    plain.convs[str(last - 2)].weight.data[0] = 0.0  # its channel is the same for all images
+    plain.norms[str(last - 2)].running_mean[0] = 0.0
+    before = plain.linears[str(last)].weight.clone()
+    refit(plain, data.sub_training, 50, CPU)
+    after = plain.linears[str(last)].weight
+    assert torch.allclose(after[:, 0], before[:, 0], atol=1e-6)
+    assert not torch.allclose(after[:, 1:], before[:, 1:], atol=1e-3)
+
+
+def test_scores_with_fitted_classifiers_are_repeatable(data: Data) -> None:
+    net = PruningNet(SPACE)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    scorer = Scorer(net, data, recalibration_images=64, classifier_images=100, seed=0, device=CPU)
+    assert scorer.score(SPACE.largest) == scorer.score(SPACE.largest)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    kept = Scorer(net, data, recalibration_images=64, seed=0, device=CPU)
+    assert scorer.score(SPACE.largest) != kept.score(SPACE.largest)
 
 
 def test_evaluation_equals_a_count_by_hand(data: Data) -> None:

@@ -89,10 +89,11 @@ def _pruning_net(context: Context, key: str) -> PruningNet:
 
 
 def _scorer(context: Context, job: Job) -> Scorer:
-    assert context.spec.search.recalibration_images is not None
+    search = context.spec.search
+    assert search.recalibration_images is not None
     return Scorer(
-        pruning_net(context, job), context.data, recalibration_images=context.spec.search.recalibration_images,
-        seed=context.spec.seed, device=context.device,
+        pruning_net(context, job), context.data, recalibration_images=search.recalibration_images,
+        classifier_images=search.classifier_images or 0, seed=context.spec.seed, device=context.device,
     )  # fmt: skip
 
 
