@@ -87,9 +87,6 @@ class SearchSpec(Model):
     not in the publication, which drops what misses."""
     screening: Annotated[int, Field(ge=1, le=100)] | None = None
     """Offspring bred for each candidate; those that a model of the judged ones expects most of are judged."""
-    parameter_credit: Annotated[float, Field(ge=0, le=1)] | None = None
-    """What twice as many parameters are worth in the ranking, in loss or accuracy. Generated weights are not trained to
-    the end, and what is not values early layers too much: late ones have the parameters."""
     least_budget_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Candidates must use at least this share of the tightest upper bound (0: upper bounds only, as for fronts)."""
 
@@ -217,7 +214,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 MEMBERS = 3
 """So many structures of a front are trained from scratch where the request names no number."""
-PARAMETER_CREDIT = {"smoke": 0.0, "quick": 0.0, "standard": 0.02, "paper": 0.0}
 CLASSIFIER_IMAGES = {"smoke": 0, "quick": 0, "standard": 5000, "paper": 0}
 LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
 """`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
@@ -245,7 +241,6 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
             preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort] if request.objective == "best" else 0.0
             preset |= {"repair": not paper, "screening": 1 if paper else 4}
             preset["classifier_images"] = CLASSIFIER_IMAGES[request.effort]
-            preset["parameter_credit"] = PARAMETER_CREDIT[request.effort] if request.objective == "best" else 0.0
         if part == "retraining" and request.objective == "front":
             preset["top"] = MEMBERS
         if paper:

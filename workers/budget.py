@@ -85,10 +85,6 @@ class Budget:
         }
         return Costs(self._costs.flops(channels), self._costs.parameters(channels), seconds)
 
-    def parameters(self, encodings: Genes) -> Ints:
-        """Parameters (n,) of encodings (n, g)."""
-        return self._costs.parameters(self.channels(encodings))
-
     def tightness(self, encodings: Genes, of: Sequence[Constraint] = ()) -> Floats:
         """The largest share (n,) of an upper bound that encodings (n, g) use, of all constraints or of some."""
         return _tightest(self.costs(encodings), of or self.constraints)

@@ -46,9 +46,6 @@ class Limits(Protocol):
     def tightness(self, encodings: Genes, /) -> npt.NDArray[np.float64]:
         """The share (n,) of the upper bound that encodings (n, g) use."""
 
-    def parameters(self, encodings: Genes, /) -> npt.NDArray[np.int64]:
-        """Parameters (n,) of encodings (n, g)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -65,8 +62,6 @@ class Settings:
     """Whether offspring that miss the budget are moved into it; as published they are dropped."""
     screening: int = 1
     """Offspring bred for each that is judged; the most promising are chosen by `screening.guess`."""
-    parameter_credit: float = 0.0
-    """What twice as many parameters are worth in the ranking, in what it ranks by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +83,11 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A proposal with its score and generation, and what the ranking credits it with."""
+    """A proposal with its score and generation."""
 
     proposal: Proposal
     score: Score
     generation: int
-    credit: float = 0.0
 
 
 class Evolution:
@@ -139,8 +133,8 @@ class Evolution:
         proposals = self.propose()
         if len(scores) != len(proposals):
             raise ValueError(f"generation {self.generation} has {len(proposals)} proposals, got {len(scores)} scores")
-        told = zip(proposals, scores, self._credits(proposals), strict=True)
-        self.judged += [Judged(proposal, score, self.generation, credit) for proposal, score, credit in told]
+        pairs = zip(proposals, scores, strict=True)
+        self.judged += [Judged(proposal, score, self.generation) for proposal, score in pairs]
         self.generation += 1
         self._pending = None
 
@@ -183,7 +177,7 @@ class Evolution:
             "generations": self.generations, "exhausted": self.exhausted, "exhaustive": self.exhaustive,
             "judged": [
                 [one.generation, one.proposal.encoding, one.proposal.birth, one.proposal.parents,
-                 one.score.accuracy, one.score.loss, one.credit] for one in self.judged
+                 one.score.accuracy, one.score.loss] for one in self.judged
             ],
         }  # fmt: skip
 
@@ -193,22 +187,13 @@ class Evolution:
         search = cls(Settings(**state["settings"]), state["seed"], limits)
         search.generation, search.generations = state["generation"], state["generations"]
         search.exhausted, search.exhaustive = state["exhausted"], state.get("exhaustive", False)
-        for generation, encoding, birth, parents, accuracy, loss, *credit in state["judged"]:
+        for generation, encoding, birth, parents, accuracy, loss in state["judged"]:
             proposal = Proposal(tuple(encoding), birth, tuple(tuple(parent) for parent in parents))
-            search.judged.append(Judged(proposal, Score(accuracy, loss), generation, *credit))
+            search.judged.append(Judged(proposal, Score(accuracy, loss), generation))
         return search
 
     def _badness(self, one: Judged) -> float:
-        bad = one.score.loss if self.settings.rank_by == "loss" else -one.score.accuracy
-        return bad - one.credit
-
-    def _credits(self, proposals: Sequence[Proposal]) -> list[float]:
-        """What each is credited with for its parameters."""
-        if not self.settings.parameter_credit:
-            return [0.0] * len(proposals)
-        parameters = self.limits.parameters(genes_of([proposal.encoding for proposal in proposals]))
-        credits: list[float] = (self.settings.parameter_credit * np.log2(parameters)).tolist()
-        return credits
+        return one.score.loss if self.settings.rank_by == "loss" else -one.score.accuracy
 
     def _breed(self) -> list[Proposal]:
         """Mutants, then children, then random structures; all new and feasible."""

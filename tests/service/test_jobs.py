@@ -51,7 +51,7 @@ def test_a_job_is_accepted_even_though_the_broker_is_dead(client: TestClient, be
     assert job["spec"]["search"] == {
         "strategy": "evolution", "seed": 0, "generations": 2, "population": 8, "parents": 4,
         "mutation_probability": 0.2, "recalibration_images": 128, "classifier_images": 0, "rank_by": "loss",
-        "repair": True, "screening": 4, "parameter_credit": 0.0, "least_budget_share": 0.9,
+        "repair": True, "screening": 4, "least_budget_share": 0.9,
     }  # fmt: skip
     assert bells == [True]
     assert client.get("/readyz").json()["broker"] == "silent"

@@ -14,7 +14,6 @@ from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.submission import check_feasible
 from workers.budget import Budget
-from workers.networks import PlainNetwork
 from workers.sampling import numpy_generator, sample
 
 SPACE = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
@@ -37,13 +36,6 @@ def test_every_sampled_structure_uses_the_budget_and_keeps_it(share: float) -> N
     assert all(0.97 * share * FULL <= count <= share * FULL for count in counted)
     assert len(set(map(tuple, found.tolist()))) > 25
     assert (found.std(axis=0) > 1).all()
-
-
-def test_parameters_are_those_of_the_trained_network() -> None:
-    budget, encodings = Budget(SPACE, [Constraint(Metric.FLOPS, FULL)], {}, {}), [SPACE.smallest, (7,) * 14]
-    networks = [PlainNetwork(SPACE, SPACE.channels(encoding)) for encoding in encodings]
-    counted = [sum(one.numel() for one in network.parameters()) for network in networks]
-    assert budget.parameters(np.array(encodings)).tolist() == counted
 
 
 def test_sampling_depends_on_its_generator_only() -> None:

@@ -1,6 +1,5 @@
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -34,9 +33,6 @@ class Weight:
 
     def tightness(self, encodings: Genes) -> np.ndarray:
         return encodings.sum(axis=1) / self.high
-
-    def parameters(self, encodings: Genes) -> np.ndarray:
-        return 2 ** encodings[:, 0]
 
     def feasible(self, encodings: Genes) -> np.ndarray:
         total = encodings.sum(axis=1)
@@ -72,16 +68,6 @@ def judged(search: Any) -> Any:
 
 def ran(seed: int, settings: Settings = SMALL) -> Evolution:
     return judged(Evolution(settings, seed, LIMITS))
-
-
-def test_a_doubling_of_the_parameters_is_worth_its_credit() -> None:
-    plain, credited = ran(0), ran(0, replace(SMALL, rank_by="loss", parameter_credit=8.0))
-    assert {one.credit for one in plain.judged} == {0.0}
-    assert all(one.credit == 8.0 * one.proposal.encoding[0] for one in credited.judged)
-    badness = [one.score.loss - 8.0 * one.proposal.encoding[0] for one in credited.ranking()]
-    assert badness == sorted(badness)
-    assert credited.winner().proposal.encoding[0] > plain.winner().proposal.encoding[0]
-    assert Evolution.from_json(json.loads(json.dumps(credited.to_json())), LIMITS).ranking() == credited.ranking()
 
 
 def test_every_generation_is_full_feasible_new_and_scored() -> None:
