@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 BUDGET = 1_500_000
 BANDS: dict[str, tuple[float, float] | None] = {"": (0.9 * BUDGET, 1.1 * BUDGET), "_whole_space": None}
 SETTINGS = TrainingSettings(epochs=12, batch_size=128, learning_rate=0.1, clip_norm=10.0, normalise=True)
-RECALIBRATION = 1000
+RECALIBRATION, CLASSIFIER = 1000, 5000
 PUBLISHED_BATCH = 1000
 """Images of a batch while the published method scores; the plain method is also measured with ours, which it likes."""
 BLOCK = 4
@@ -197,26 +197,34 @@ def _plain(data: Data, encoding: tuple[int, ...]) -> float:
 
 
 def _scoring(rounds: int) -> list[dict[str, Any]]:
-    data, other, ours, theirs, published, bare = _data(), Other(), [], [], [], []
+    data, other = _data(), Other()
+    ours, fitted, theirs, published, bare, bare_fitted = (list[float]() for _ in range(6))
     network = _trainer(data, None).network
-    scorer = Scorer(network, data, recalibration_images=RECALIBRATION, seed=0, device=CPU)
+    scorer, fitting = (
+        Scorer(network, data, recalibration_images=RECALIBRATION, classifier_images=images, seed=0, device=CPU)
+        for images in (0, CLASSIFIER)
+    )
     images = [batch for part in _score_images(data, BATCH) for batch, _ in part]
+    more = [batch for batch, _ in data.sub_training.sample(CLASSIFIER, 0).plain(BATCH, CPU)]
     structures = Structures(SPACE, BANDS[""], 0)
     for i in range(-1, rounds):
         encoding = structures.at(i + 1)
-        own = _timed(lambda: scorer.score(encoding))  # noqa: B023
+        own, fit = (_timed(lambda: one.score(encoding)) for one in (scorer, fitting))  # noqa: B023
         times = [other.seconds(f"score{batch}", i, encoding) for batch in (BATCH, PUBLISHED_BATCH)]
         plain = network.crop(encoding)
         with torch.inference_mode():
-            forward = _timed(lambda: [plain(batch) for batch in images])  # noqa: B023
+            forward, on_more = (_timed(lambda: [plain(batch) for batch in part]) for part in (images, more))  # noqa: B023
         if i >= 0:
             ours.append(own), theirs.append(times[0]), published.append(times[1]), bare.append(forward)
+            fitted.append(fit), bare_fitted.append(forward + on_more)
     other.close()
     return [
         _figure("scoring_vs_reference", ours, published, "s per candidate", True),
         _figure("scoring_vs_reference_in_our_batches", ours, theirs, "s per candidate", True),
+        _figure("scoring_and_fitting_vs_reference", fitted, published, "s per candidate", True),
+        _figure("scoring_and_fitting_vs_forward", fitted, bare_fitted, "s per 11,000 images", True),
         _figure("scoring_vs_forward", ours, bare, "s per 6,000 images", True),
-    ]
+    ]  # fmt: skip
 
 
 def _search(scoring: float) -> list[dict[str, Any]]:
