@@ -98,8 +98,11 @@ def test_a_job_asks_for_fidelity_and_the_ablations(client: TestClient, monkeypat
     assert asked["fidelity"] == {"structures": 4, "epochs": 7}
     assert asked["training"]["weights"] == "shared"
     assert asked["search"]["recalibration_images"] == 0
+    fitted = [spec(effort=effort)["search"]["classifier_images"] for effort in ("smoke", "standard", "paper")]
+    assert fitted == [0, 5000, 0]
     for wrong in (
         {"fidelity": {"structures": 3}}, {"fidelity": {"structures": 201}}, {"fidelity": {"epochs": 0}},
         {"search": {"recalibration_images": 5}}, {"training": {"weights": "none"}}, {"fidelity": 24},
+        {"search": {"classifier_images": 5}},
     ):  # fmt: skip
         assert client.post("/v1/jobs", json=REQUEST | wrong).status_code == 422, wrong

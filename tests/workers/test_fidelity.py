@@ -133,6 +133,22 @@ def test_the_fidelity_is_measured_stored_and_its_trainings_are_shared_with_the_a
 
 
 @SQLITE
+def test_the_search_and_the_fidelity_judge_with_fitted_classifiers_where_that_is_asked() -> None:
+    search = {"generations": 1, "population": 2}
+    kept, fitted = (run(submit(search=search | {"classifier_images": images})) for images in (0, 200))
+    assert kept.result is not None
+    assert fitted.result is not None
+    assert fitted.result["pruning_net"] == kept.result["pruning_net"]
+    (scored, other), (points, others) = (
+        ([one[5] for one in job.memory["evolution"]["judged"]] for job in (kept, fitted)),
+        (job.result["fidelity"]["structures"] for job in (kept, fitted)),
+    )
+    assert scored != other
+    assert [one["recalibrated"] for one in points] != [one["recalibrated"] for one in others]
+    assert [one["as_trained"] for one in points] == [one["as_trained"] for one in others]
+
+
+@SQLITE
 def test_killed_anywhere_the_fidelity_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def pause(context: Context, seconds: float, progress: Callable[[], dict[str, Any]]) -> Callable[[], bool]:
         """A checkpoint after every fourth iteration."""

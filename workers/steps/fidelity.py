@@ -1,9 +1,9 @@
 """How well the PruningNet ranks: random structures of the budget, judged by it and trained from scratch.
 
 The trainings stand in the queue of `retraining` like every other one. When all are done, Kendall's tau is computed
-between their accuracy on the test set and what the PruningNet says of them, with recalibrated batch norms and with the
-statistics that were trained, by accuracy and by loss. Without weight prediction is another PruningNet: that of a job
-with `training.weights` shared, which takes over the same trainings from scratch.
+between their accuracy on the test set and what the PruningNet says of them, by accuracy and by loss: with batch norms
+(and classifiers, where the search does that) fitted anew, and as they were trained. Without weight prediction is
+another PruningNet: that of a job with `training.weights` shared, which takes over the same trainings from scratch.
 """
 
 import math
@@ -84,10 +84,11 @@ def warnings(context: Context, job: Job) -> list[str]:
 
 def _judge(context: Context, job: Job, trials: Sequence[dict[str, Any]], recalibrated: bool) -> list[Score]:
     """What the PruningNet says of each trial."""
-    images = (context.spec.search.recalibration_images or RECALIBRATION) if recalibrated else 0
+    search = context.spec.search
+    images = (search.recalibration_images or RECALIBRATION, search.classifier_images or 0) if recalibrated else (0, 0)
     judge = Scorer(
-        pruning_net(context, job), context.data, recalibration_images=images, seed=context.spec.seed,
-        device=context.device,
+        pruning_net(context, job), context.data, recalibration_images=images[0], classifier_images=images[1],
+        seed=context.spec.seed, device=context.device,
     )  # fmt: skip
     scores = []
     for done, trial in enumerate(trials):
