@@ -1,9 +1,14 @@
+from collections.abc import Iterator
+from itertools import chain
+
 import pytest
 import torch
 
 from latency_profiler.spaces.registry import get_space
+from workers import evaluation
 from workers.datasets import Data
-from workers.evaluation import Scorer, evaluate, recalibrate, refit
+from workers.evaluation import Images, Scorer, evaluate, recalibrate, refit
+from workers.evolution import DIVERGED
 from workers.networks import PlainNetwork
 from workers.pruning_net import PruningNet
 
@@ -71,6 +76,40 @@ def test_a_fitted_classifier_holds_to_its_weights_where_images_say_nothing(data:
     after = plain.linears[str(last)].weight
     assert torch.allclose(after[:, 0], before[:, 0], atol=1e-6)
     assert not torch.allclose(after[:, 1:], before[:, 1:], atol=1e-3)
+
+
+def test_the_more_images_the_less_a_fitted_classifier_holds_to_its_weights(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Twice:
+        def __len__(self) -> int:
+            return 2 * len(data.sub_training)
+
+        def plain(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            return chain(data.sub_training.plain(batch_size, device), data.sub_training.plain(batch_size, device))
+
+    def fitted(images: Images, pull: float) -> torch.Tensor:
+        monkeypatch.setattr(evaluation, "PULL", pull)
+        plain = PlainNetwork(SPACE, SPACE.channels(SPACE.largest))
+        recalibrate(plain, data.sub_training, 50, CPU)
+        refit(plain, images, 50, CPU)
+        return plain.linears[str(len(plain.nodes) - 1)].weight
+
+    start = PlainNetwork(SPACE, SPACE.channels(SPACE.largest)).linears[str(len(SPACE.units) - 1)].weight
+    usual, strong = fitted(data.sub_training, 100.0), fitted(data.sub_training, 1e9)
+    assert torch.allclose(strong, start, atol=1e-4)
+    assert (usual - start).norm() > 100 * (strong - start).norm()
+    assert torch.allclose(fitted(Twice(), 200.0), usual, atol=1e-3)
+    assert (fitted(Twice(), 100.0) - start).norm() > 1.1 * (usual - start).norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_diverged_network_has_a_score_with_a_fitted_classifier(data: Data, bad: float) -> None:
+    plain = PlainNetwork(SPACE, SPACE.channels(SPACE.largest))
+    recalibrate(plain, data.sub_training, 50, CPU)
+    plain.convs["0"].weight.data[0, 0, 0, 0] = bad
+    refit(plain, data.sub_training, 50, CPU)
+    assert evaluate(plain, data.sub_validation, CPU).loss == DIVERGED
 
 
 def test_scores_with_fitted_classifiers_are_repeatable(data: Data) -> None:
