@@ -7,8 +7,9 @@
 
 Layers are measured as an agent measures them, and their grid is refined as the service does it; then the networks of a
 calibration and 50 held-out random ones. The held-out ones are measured once more at the end: prices are compared with
-the mean of both, and the mean difference between the two is the noise floor. Results are kept one by one in
-results/latency.json; what is there is not measured again.
+the mean of both, and the mean difference between the two is the noise floor. Last, 30 networks that searches under
+budgets in milliseconds begin with (`picked`): such have the widths that the table calls fast. Results are kept one by
+one in results/latency.json; what is there is not measured again.
 """
 
 import argparse
@@ -31,16 +32,18 @@ from latency_profiler.calibration import (
     parts_of,
     sum_of_layers,
 )
+from latency_profiler.cost import Constraint, Metric
 from latency_profiler.device import conditions, cpu
-from latency_profiler.lookup_table import Entry, LatencyTable
+from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable
 from latency_profiler.measuring import measure_work
 from latency_profiler.planning import plan_layers, refinement
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
+from workers.budget import Budget
 
 Json = dict[str, Any]
-HELD = 50
+HELD, PICKED = 50, 30
 SAMPLED = 6
 DENSITIES: tuple[int | None, ...] = (4, 6, 11, None)
 
@@ -126,6 +129,10 @@ def measure(case: Case) -> Json:
     )
     line, found = (fit_networks(known, asked, repeated, penalties) for penalties in ((), PENALTIES))
     assert line is not None and found is not None  # noqa: PT018 - times are positive and differ
+    table.fits[space.key] = found
+    picked = _picked(table, space, rng)
+    by_table = np.array([table.price(space, channels).seconds for channels in picked])
+    errors = by_table / seconds(_networks(space, picked)) - 1
     return {
         "name": "lut_error", "device": case.device, "space": space.key, "image_size": case.image_size,
         "networks": found.held_out, "mean": found.mean_error, "max": found.max_error, "within_5": found.within_5,
@@ -133,8 +140,24 @@ def measure(case: Case) -> Json:
         "refined": len(table.entries) - len(planned), "minutes": round(minutes, 2), "points": case.points,
         "terms": sorted(found.terms),
         "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
-        "sum_of_layers": _plain(asked), "cpu": cpu(), "load": conditions()["load"], "at": time.strftime("%Y-%m-%d"),
+        "sum_of_layers": _plain(asked),
+        "picked": {
+            "networks": len(picked), "mean": float(np.abs(errors).mean()), "max": float(np.abs(errors).max()),
+            "bias": float(errors.mean()),
+        }, "cpu": cpu(), "load": conditions()["load"], "at": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def _picked(table: LatencyTable, space: Space, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """One network of those that a search begins with under each of some budgets, spread over what the space allows."""
+    fastest = space.channels(LatencyModel(table, space).fastest)
+    least, most = (table.price(space, end).seconds for end in (fastest, space.channels(space.largest)))
+    found: list[tuple[int, ...]] = []
+    for budget in np.linspace(1.2 * least, most, PICKED):
+        bound = Constraint(Metric.LATENCY, float(budget), device="bench")
+        asked = Budget(space, [bound], {"bench": table}, {})
+        found += map(tuple, asked.channels(asked.sample(1, rng)).tolist())
+    return found
 
 
 def _plain(networks: Sequence[tuple[Parts, float]]) -> Json:

@@ -28,6 +28,8 @@ from service import images
 Json = dict[str, Any]
 CLASSES = 10
 SUBSET = 10_000
+TUNED = {"gate": "centred", "curvature": "gauss_newton"}
+"""Collaborative pruning as it did best on one seed of `resnet20`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _collaborative() -> Cell:
         "collaborative": {}, "diagonal": {"ranking": "diagonal"}, "l1": {"ranking": "l1"},
         "auxiliary": {"auxiliaries": 2}, "global": {"allocation": "global"}, "sequential": {"order": "sequential"},
     }  # fmt: skip
-    shared = {"gate": "centred", "curvature": "gauss_newton", "fine_tuning": {"epochs": 4, "learning_rate": 0.03}}
+    shared = TUNED | {"fine_tuning": {"epochs": 4, "learning_rate": 0.03}}
     return Cell(common, {name: {"collaborative": shared | one} for name, one in settings.items()})
 
 
@@ -130,8 +132,9 @@ def _side_by_side() -> Cell:
     common = {
         "space": "mobilenet_v1", "image_size": 32, "width": 0.5, "dataset": "cifar10", "effort": "standard",
         "compare_with": ["collaborative"], "measure_on": ["this-machine"],
+        "collaborative": TUNED | {"fine_tuning": {"learning_rate": 0.03}},
     }  # fmt: skip
-    budget = [{"metric": "flops", "max": _full(space) // 4}]
+    budget = [{"metric": "flops", "max": _full(space) // 8}]
     latency = [{"metric": "latency", "device": "this-machine", "max_ms": 0.35}]
     return Cell(common, {"flops": {"constraints": budget}, "latency": {"constraints": latency}})
 

@@ -2,14 +2,12 @@
 
 A network is priced as an overhead and the sum of its layers, each times a slope and with what it costs in a network
 beyond that (`terms`). Overhead, slope and the terms' weights are fitted per space from whole networks that the device
-measured (`Fit`); without a fit a network is the sum of its layers. A layer that was not measured is
-interpolated bilinearly inside the smallest measured cell of its family around it, and marked; nothing is
-extrapolated. All times are seconds.
+measured (`Fit`); without a fit a network is the sum of its layers. A layer that was not measured is interpolated
+(`interpolation`), and marked. All times are seconds.
 """
 
 import hashlib
 import math
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,15 +20,13 @@ import numpy.typing as npt
 
 from latency_profiler.cost import Ints
 from latency_profiler.errors import InvalidInput, MissingLatencies
+from latency_profiler.interpolation import Cell, Family
 from latency_profiler.layers import Layer
 from latency_profiler.spaces.space import CHOICES, Space, Unit
 from latency_profiler.terms import in_network, is_term
 
 Floats = npt.NDArray[np.float64]
-Cell = tuple[int, int]
 Matrix = tuple[Ints, Ints, Floats]
-ALIGNMENTS = (1, 4, 8, 16)
-"""Numbers whose multiples some kernels are made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,121 +96,6 @@ class Price:
         return sum(price.interpolated for price in self.layers)
 
 
-class _Family:
-    """Measured points (c_in, c_out) → seconds of layers that differ in nothing else.
-
-    The layers of several places in a network can be one family, each with a grid of its own, so that the points form
-    no common grid: cells are searched among pairs of inputs and the outputs that were measured with both.
-    """
-
-    def __init__(self) -> None:
-        self.points: dict[Cell, float] = {}
-        self._rows: dict[int, set[int]] = defaultdict(set)
-        self._aligned: int | None = None
-        self._forget()
-
-    def add(self, entry: Entry) -> None:
-        self.points[entry.layer.c_in, entry.layer.c_out] = entry.seconds
-        self._rows[entry.layer.c_in].add(entry.layer.c_out)
-        self._forget()
-
-    def price(self, c_in: int, c_out: int) -> float | None:
-        """Seconds at a point, measured where it was; None outside of what was measured."""
-        measured = self.points.get((c_in, c_out))
-        return self.interpolate(c_in, c_out) if measured is None else measured
-
-    def interpolate(self, c_in: int, c_out: int) -> float | None:
-        """Seconds inside the smallest measured cell around a point; None outside of all cells.
-
-        Layers whose input and output are one width (depthwise, poolings, the middle of a bottleneck) are measured
-        along the diagonal and interpolated along it, among widths that the kernel treats alike (`_alignment`).
-        """
-        if cell := self._cell(c_in, c_out):
-            (a, b), (c, d) = cell
-            at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
-            at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
-            return _linear(c_out, c, d, at_c, at_d)
-        if c_in == c_out and (side := _beside(self._diagonal(), c_in, self._alignment())):
-            return self._between(c_in, side)
-        return None
-
-    def _between(self, width: int, side: Cell) -> float:
-        low, high = side
-        return _linear(width, low, high, self.points[low, low], self.points[high, high])
-
-    def _alignment(self) -> int:
-        """The number whose multiples have a faster kernel: that with which measured widths are interpolated best."""
-        if self._aligned is None:
-            widths = self._diagonal()
-            self._aligned = min(ALIGNMENTS, key=lambda alignment: self._left_out(widths, alignment))
-        return self._aligned
-
-    def _left_out(self, widths: list[int], alignment: int) -> float:
-        """Sum of the errors, as shares, of widths that are interpolated from the others."""
-        error = 0.0
-        for width in widths[1:-1]:
-            side = _beside([other for other in widths if other != width], width, alignment)
-            if side is not None:
-                error += abs(self._between(width, side) / self.points[width, width] - 1)
-        return error
-
-    def _cell(self, c_in: int, c_out: int) -> tuple[Cell, Cell] | None:
-        """The smallest cell around a point whose four corners were measured, as its inputs and its outputs."""
-        found, least = None, math.inf
-        for a, b in self._sides(c_in):
-            if b - a + 1 >= least:
-                break
-            side = _bracket(self._common(a, b), c_out)
-            if side and (area := (b - a + 1) * (side[1] - side[0] + 1)) < least:
-                found, least = ((a, b), side), area
-        return found
-
-    def _sides(self, c_in: int) -> list[Cell]:
-        """Pairs of measured inputs around an input, the narrowest first."""
-        if c_in not in self._pairs:
-            below = [i for i in self._rows if i <= c_in]
-            above = [i for i in self._rows if i >= c_in]
-            self._pairs[c_in] = sorted(product(below, above), key=lambda pair: (pair[1] - pair[0], pair))
-        return self._pairs[c_in]
-
-    def _common(self, a: int, b: int) -> list[int]:
-        """Outputs that were measured with both inputs, sorted."""
-        if (a, b) not in self._outputs:
-            self._outputs[a, b] = sorted(self._rows[a] & self._rows[b])
-        return self._outputs[a, b]
-
-    def _diagonal(self) -> list[int]:
-        return sorted(i for i, o in self.points if i == o)
-
-    def _forget(self) -> None:
-        self._aligned = None
-        self._pairs: dict[int, list[Cell]] = {}
-        self._outputs: dict[Cell, list[int]] = {}
-
-
-def _bracket(values: list[int], value: int) -> Cell | None:
-    """The sorted values next to a value on either side, or the value twice where it is one of them."""
-    at = bisect_left(values, value)
-    if at == len(values):
-        return None
-    if values[at] == value:
-        return value, value
-    return (values[at - 1], values[at]) if at else None
-
-
-def _beside(widths: list[int], width: int, alignment: int) -> Cell | None:
-    """The widths next to one that are, or are not, multiples of a number as it is; any two where such are missing."""
-    alike = [other for other in widths if (other % alignment == 0) == (width % alignment == 0)]
-    return _bracket(alike, width) or _bracket(widths, width)
-
-
-def _linear(x: int, low: int, high: int, at_low: float, at_high: float) -> float:
-    if low == high:
-        return at_low
-    share = (x - low) / (high - low)
-    return (1 - share) * at_low + share * at_high
-
-
 @dataclass
 class LatencyTable:
     """Measured layers of one device under one fingerprint."""
@@ -225,14 +106,14 @@ class LatencyTable:
     fits: dict[str, Fit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._families: dict[str, _Family] = defaultdict(_Family)
+        self._families: dict[str, Family] = defaultdict(Family)
         for entry in self.entries.values():
-            self._families[entry.layer.family].add(entry)
+            self._families[entry.layer.family].add((entry.layer.c_in, entry.layer.c_out), entry.seconds)
 
     def add(self, entry: Entry) -> None:
         """Take one measured layer; a second measurement of a layer replaces the first."""
         self.entries[entry.layer.key] = entry
-        self._families[entry.layer.family].add(entry)
+        self._families[entry.layer.family].add((entry.layer.c_in, entry.layer.c_out), entry.seconds)
 
     def layer(self, layer: Layer) -> LayerPrice:
         """Price one layer alone.
@@ -249,6 +130,10 @@ class LatencyTable:
             if interpolated is not None:
                 return LayerPrice(layer, interpolated, True)
         raise MissingLatencies([layer.key])
+
+    def alignments(self, family: str) -> Cell:
+        """Numbers of which inputs and outputs are multiples in a family's fast layers; 1 where no number is seen."""
+        return self._families[family].alignments if family in self._families else (1, 1)
 
     def missing(self, layers: Iterable[Layer]) -> list[str]:
         """Keys of the layers that cannot be priced, without repeats."""

@@ -6,15 +6,18 @@ layer's expected error is its multiply-adds, times its places in the network, ov
 often the range of widths was halved before its width is reached. Layers of about one error are shuffled, so that a
 drift of the machine is no slope over widths.
 
-When a grid of widths is measured, its points say where interpolation fails: kernels have steps, at multiples of 8 or
-16 channels or where a cache is full. Where a point lies far from the line between its neighbours, the gaps on both of
-its sides are halved (`refinement`), again and again until lines hold, or the difference is too small to matter.
+A grid of widths has some that are spread evenly and some that are as *even* as there are nearby, which kernels may be
+made for: such a width is fast only with others, and a search picks the fast ones. So prices are interpolated among
+widths of one kind (`interpolation`). When a grid is measured, its points say where that fails, as where a cache is
+full: where a point lies far from the line between its neighbours of its kind, the gaps on both of its sides are halved
+(`refinement`), again and again until lines hold, or the difference is too small to matter.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -26,6 +29,8 @@ from latency_profiler.spaces.space import CHOICES, Slot, Space, Unit
 
 Point = tuple[int, int]
 Levels = dict[int, int]
+EVEN = 32
+"""Channels beyond whose multiples no kernel is known to be faster."""
 REFINED_ERROR = 0.05
 """Gaps are halved where a measured layer differs from the line between its neighbours by this share of its time,"""
 REFINED_SHARE = 0.01
@@ -44,18 +49,30 @@ def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
         points: widths per slot, spread over its 31 choices; the rest is interpolated. None plans every choice. Fixed
             slots are planned like genes, since the uniform network scales them too.
     """
-    sampled, layers = spread(points), dict[Layer, None]()
+    layers = dict[Layer, None]()
     for unit in space.units:
-        choices = range(CHOICES) if unit.tied else sampled
-        for i, j in product(choices, choices):
-            if not unit.tied or i == j:
-                layers[unit.at(unit.source.at(i), unit.target.at(j))] = None
+        if unit.tied:
+            pairs: Iterable[Point] = ((choice, choice) for choice in range(CHOICES))
+        else:
+            pairs = product(sampled(unit.source, points), sampled(unit.target, points))
+        layers |= {unit.at(unit.source.at(i), unit.target.at(j)): None for i, j in pairs}
     return list(layers)
 
 
-def spread(points: int | None) -> list[int]:
-    """So many choices, spread over all; None is every one."""
-    return sorted({round(x) for x in np.linspace(0, CHOICES - 1, points or CHOICES)})
+def sampled(slot: Slot, points: int | None) -> list[int]:
+    """Choices of a slot: so many spread over all, and the most even ones of two thirds as many parts; None is all."""
+    if points is None or points >= CHOICES:
+        return list(range(CHOICES))
+    evenly = {round(x) for x in np.linspace(0, CHOICES - 1, points)}
+    parts = np.array_split(np.arange(CHOICES), round(points * 2 / 3))
+    return sorted(evenly | {_most_even(slot, part.tolist()) for part in parts})
+
+
+def _most_even(slot: Slot, choices: Sequence[int]) -> int:
+    """That with the width that most powers of two divide, up to `EVEN`: of several the middle one, or the very last."""
+    evenness = [math.gcd(slot.at(choice), EVEN) for choice in choices]
+    best = [choice for choice, even in zip(choices, evenness, strict=True) if even == max(evenness)]
+    return best[-1] if best[-1] == CHOICES - 1 else best[len(best) // 2]
 
 
 def by_expected_error(space: Space, layers: Sequence[Layer], seed: int = 0) -> list[Layer]:
@@ -113,7 +130,7 @@ def refinement(space: Space, points: int, table: LatencyTable, most: int) -> lis
     places, units = Counter(unit.kind for unit in space.units), {unit.kind: unit for unit in space.units}
     found = []
     for kind, unit in units.items():
-        worst, layers = _refined(unit, spread(points), table, matters / places[kind])
+        worst, layers = _refined(unit, points, table, matters / places[kind])
         found.append((worst * places[kind], layers))
     wanted = dict[Layer, None]()
     for _, layers in sorted(found, key=lambda one: -one[0]):
@@ -123,31 +140,52 @@ def refinement(space: Space, points: int, table: LatencyTable, most: int) -> lis
     return list(wanted)
 
 
-def _refined(unit: Unit, start: Sequence[int], table: LatencyTable, matters: float) -> tuple[float, list[Layer]]:
+def _refined(unit: Unit, points: int, table: LatencyTable, matters: float) -> tuple[float, list[Layer]]:
     """The largest error of a place's lines, in seconds, and the layers that would mend it."""
     if unit.tied:
         return 0.0, []
-    axes = _axes(unit, start, table)
+    axes = _axes(unit, points, table)
     measured = [[table.entries.get(unit.at(*point).key) for point in row] for row in _grid(unit, axes)]
     if any(entry is None for row in measured for entry in row):  # it could not be measured
         return 0.0, []
     seconds = np.array([[entry.seconds for entry in row if entry] for row in measured])
-    worst, finer = 0.0, list[list[int]]()
-    for slot, axis, times in ((unit.source, axes[0], seconds), (unit.target, axes[1], seconds.T)):
-        errors = _errors(np.array([slot.at(choice) for choice in axis]), times)
-        wrong = (errors > matters) & (errors > REFINED_ERROR * (times[:-1] + times[1:]).mean(1) / 2)
-        halves = {(low + high) // 2 for (low, high), is_wrong in zip(pairwise(axis), wrong, strict=True) if is_wrong}
-        known = {slot.at(choice) for choice in axis}
-        finer.append(sorted({*axis, *(choice for choice in halves if slot.at(choice) not in known)}))
-        worst = max(worst, *errors[wrong], 0.0)
+    by_input, by_output = table.alignments(unit.at(1, 1).family)
+    worst_in, inputs = _halves(unit.source, axes[0], seconds, matters, by_input // math.gcd(by_input, unit.features))
+    worst_out, outputs = _halves(unit.target, axes[1], seconds.T, matters, by_output)
+    finer = [sorted({*axes[0], *inputs}), sorted({*axes[1], *outputs})]
     layers = (unit.at(*point) for row in _grid(unit, finer) for point in row)
-    return worst, [layer for layer in layers if layer.key not in table.entries]
+    return max(worst_in, worst_out), [layer for layer in layers if layer.key not in table.entries]
 
 
-def _axes(unit: Unit, start: Sequence[int], table: LatencyTable) -> list[list[int]]:
+def _halves(slot: Slot, axis: Sequence[int], seconds: Floats, matters: float, alignment: int) -> tuple[float, set[int]]:
+    """The largest error of lines between rows (n, m) of widths that are, or are not, multiples; and what would mend it.
+
+    That are the choices of the same kind in the middle of gaps where lines fail.
+    """
+    worst, halves, known = 0.0, set[int](), {slot.at(choice) for choice in axis}
+    for aligned in (True, False):
+        rows = [row for row, choice in enumerate(axis) if (slot.at(choice) % alignment == 0) == aligned]
+        if len(rows) < 3:
+            continue
+        times = seconds[rows]
+        errors = _errors(np.array([slot.at(axis[row]) for row in rows]), times)
+        wrong = (errors > matters) & (errors > REFINED_ERROR * (times[:-1] + times[1:]).mean(1) / 2)
+        worst = max(worst, *errors[wrong], 0.0)
+        for (low, high), is_wrong in zip(pairwise(axis[row] for row in rows), wrong, strict=True):
+            widths = {choice: slot.at(choice) for choice in range(low + 1, high)} if is_wrong else {}
+            new = [c for c, width in widths.items() if (width % alignment == 0) == aligned and width not in known]
+            halves |= {min(new, key=partial(_distance, (low + high) / 2))} if new else set()
+    return worst, halves
+
+
+def _distance(middle: float, choice: int) -> float:
+    return abs(choice - middle)
+
+
+def _axes(unit: Unit, points: int, table: LatencyTable) -> list[list[int]]:
     """Choices of both sides, one for each width: the first grid's, and others that were measured with all of these."""
     slots, axes = (unit.source, unit.target), list[list[int]]()
-    first = [{slot.at(choice) for choice in start} for slot in slots]
+    first = [{slot.at(choice) for choice in sampled(slot, points)} for slot in slots]
     for side, slot in enumerate(slots):
         choices = {slot.at(choice): choice for choice in reversed(range(CHOICES))}
         across = [slots[0].at(choice) for choice in axes[0]] if side else sorted(first[1])

@@ -8,6 +8,7 @@ import pytest
 
 from latency_profiler.cost import layer_flops
 from latency_profiler.errors import InvalidInput, MissingLatencies
+from latency_profiler.interpolation import alignments_of
 from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable
 from latency_profiler.planning import plan_layers
@@ -101,13 +102,30 @@ def test_widths_that_a_kernel_is_made_for_are_interpolated_among_their_like(alig
         assert price == pytest.approx(took(width)), width
 
 
-def test_where_no_width_of_the_kind_is_beside_any_is_better_than_none() -> None:
+def along(points: dict[int, float], width: int) -> float:
+    """Price of a depthwise layer of which some widths are measured."""
     depthwise = Layer(Op.DEPTHWISE, 1, 1, 8, 3, 1, 1, Activation.RELU, norm=True)
-    few = {3: 60.0, 5: 100.0, 7: 140.0, 8: 16.0, 9: 180.0}
-    layers = {width: replace(depthwise, c_in=width, c_out=width) for width in few}
-    prices = LatencyTable("d", "f", {layers[width].key: Entry(layers[width], took) for width, took in few.items()})
-    four = prices.layer(replace(depthwise, c_in=4, c_out=4)).seconds
-    assert four == pytest.approx(80.0)
+    layers = {wide: replace(depthwise, c_in=wide, c_out=wide) for wide in points}
+    prices = LatencyTable("d", "f", {layers[wide].key: Entry(layers[wide], took) for wide, took in points.items()})
+    return prices.layer(replace(depthwise, c_in=width, c_out=width)).seconds
+
+
+def test_beside_one_width_of_the_kind_a_layer_takes_in_proportion() -> None:
+    """Between 3 and 5 it would take 80: 4 is the multiple of 4 that is next to 8."""
+    assert along({3: 60.0, 5: 100.0, 7: 140.0, 8: 16.0, 9: 180.0}, 4) == pytest.approx(8.0)
+
+
+def test_where_no_width_is_of_the_kind_any_is_better_than_none() -> None:
+    assert along({4: 8.0, 8: 16.0, 12: 24.0}, 6) == pytest.approx(12.0)
+    assert along({3: 60.0, 5: 100.0, 7: 140.0}, 4) == pytest.approx(80.0)
+
+
+def test_noise_is_no_alignment() -> None:
+    rng = np.random.default_rng(0)
+    points = {(i, o): (50 + i + o) * float(rng.normal(1, 0.03)) for i in range(25, 257, 21) for o in range(24, 257, 8)}
+    assert alignments_of(points) == (1, 1)
+    assert alignments_of({point: took * (3 if point[1] % 16 else 1) for point, took in points.items()}) == (1, 16)
+    assert alignments_of({}) == alignments_of({(8, 16): 1.0}) == alignments_of({(8, 8): 1.0, (16, 16): 2.0}) == (1, 1)
 
 
 def test_a_missing_layer_is_an_error_and_named() -> None:

@@ -23,6 +23,7 @@ from service.store.models import (
     Candidate,
     Dataset,
     Job,
+    JobEvent,
     JobState,
     PruningNet,
     Result,
@@ -323,14 +324,54 @@ def test_corrections_that_leave_no_candidate_end_the_job_with_a_reason(world: No
             advance(context, read(job_id))
 
 
-def test_a_prediction_that_is_too_pessimistic_is_corrected_and_the_budget_used(world: None) -> None:
+def test_prices_are_corrected_by_networks_that_a_search_begins_with(world: None) -> None:
+    bench = Bench(lambda purpose: 0.7 if purpose.startswith(("sound", "check", "verify")) else 1.0)
+    job = run(submit(latency_bound(0.4)), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert job.result["rounds"] == 1
+    assert job.memory["corrections"]["bench"] == pytest.approx(0.7, rel=0.05)
+    assert job.memory["margins"]["bench"] < 0.05
+    assert 0.9 * latency_bound(0.4)["max_ms"] <= job.result["winner"]["measured_ms"]["bench"]
+    assert job.result["winner"]["measured_ms"]["bench"] <= latency_bound(0.4)["max_ms"]
+    assert job.result["winner"]["predicted_ms"]["bench"] == pytest.approx(
+        job.result["winner"]["measured_ms"]["bench"], rel=0.05
+    )
+    with transaction() as session:
+        [told] = session.scalars(select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.kind == "sounding"))
+    assert told["bench"]["networks"] == len(job.memory["sounded"]) == 12
+    assert told["bench"]["correction"] == job.memory["corrections"]["bench"]
+
+
+def test_a_prediction_that_is_still_too_pessimistic_is_corrected_by_the_winner(world: None) -> None:
     bench = Bench(lambda purpose: 0.7 if purpose.startswith(("check", "verify")) else 1.0)
     job = run(submit(latency_bound(0.4)), bench)
     assert job.state is JobState.SUCCEEDED
     assert job.result is not None
     assert job.result["rounds"] > 1
-    assert 0.85 * latency_bound(0.4)["max_ms"] <= job.result["winner"]["measured_ms"]["bench"]
+    assert job.memory["corrections"]["bench"] == pytest.approx(0.7, rel=0.1)
     assert job.result["winner"]["measured_ms"]["bench"] <= latency_bound(0.4)["max_ms"]
+
+
+def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, late = Bench(), {"clock": 0.0}
+    bench.measure()
+    job_id = submit(latency_bound(0.5))
+    context = Context(take(job_id), get_settings(), Console())
+    monkeypatch.setattr(
+        "workers.steps.profiling.jobs.clock", lambda session: session.scalar(select(now())) + late["clock"]
+    )
+    while not read(job_id).memory.get("sounded"):
+        if advance(context, read(job_id)).wait is not None:
+            bench.measure()
+    assert [advance(context, read(job_id)).wait for _ in range(2)] == [60.0, 60.0]
+    late["clock"] = 121.0
+    margins = read(job_id).memory["margins"]
+    assert advance(context, read(job_id)).wait is None
+    job = read(job_id)
+    assert (job.state, job.memory["corrections"], job.memory["margins"]) == (JobState.TRAINING, {}, margins)
 
 
 def test_an_impossible_latency_is_refused_once_the_table_is_there(world: None) -> None:

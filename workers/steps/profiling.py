@@ -1,15 +1,22 @@
-"""`queued` and `profiling`: wait for the lookup tables that the constraints need, and pin them.
+"""`queued` and `profiling`: wait for the lookup tables that the constraints need, pin them, and sound the budget.
 
 A job never sees its tables change: what it searches with is stored as a file whose digest it remembers.
+
+A table is calibrated on networks from all over a space. A search picks those of which the device is fast with every
+layer, and these are off by one share together: seen were prices 15 to 20 % above what was measured, and 2.5 % around
+that. So the devices measure some networks that a search under this budget begins with (`SOUNDED`). Their median is the
+correction that the search starts with, and how far they lie from it is its safety margin.
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from sqlalchemy.orm import Session
 
-from latency_profiler.calibration import Verdict
+from latency_profiler.calibration import MOST_MARGIN, Verdict
 from latency_profiler.cost import Statistic, flops, split_latency
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies, NotCalibrated
 from latency_profiler.layers import Layer
@@ -21,11 +28,16 @@ from service.store.session import transaction
 from workers.budget import Budget
 from workers.checkpoints import write_blob
 from workers.sampling import numpy_generator
+from workers.steps import measuring
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
 DRAWN = 64
 """Structures that say how many multiply-adds a budget in milliseconds allows."""
+SOUNDED = 12
+"""Networks that tell how far prices are off where a job searches; fewer than half of them tell nothing."""
+SOUND_SECONDS = 120.0
+"""How long a job waits for that: it can do without."""
 
 
 def begin(context: Context, job: Job) -> Outcome:
@@ -40,7 +52,11 @@ def begin(context: Context, job: Job) -> Outcome:
 
 
 def step(context: Context, job: Job) -> Outcome:
-    """Pin the tables once they can price every structure; until then wait."""
+    """Pin the tables once they can price every structure, and sound the budget once they are; until then wait."""
+    return _sound(context, job) if "sounded" in job.memory else _pin(context, job)
+
+
+def _pin(context: Context, job: Job) -> Outcome:
     with transaction() as session:
         waiting = [name for name in context.constrained if not _ready(session, context, *split_latency(name))]
         tables = {name: measurements.load_table(session, *split_latency(name)) for name in context.latencies}
@@ -57,25 +73,89 @@ def step(context: Context, job: Job) -> Outcome:
     margins = {name: verdicts[name].margin for name in pinned}
     noise = {name: verdicts[name].noise for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "noise": noise, "corrections": {}, "round": 0}
-    warnings = [_doubt(name, verdicts[name]) for name in context.constrained if verdicts[name].reason]
-    if not UNSTRUCTURED.issuperset(context.spec.methods):
-        warnings += _sized(context, job, memory)
+    warnings = [] if UNSTRUCTURED.issuperset(context.spec.methods) else _sized(context, job, memory)
+    memory["sounded"] = _drawn(context, job, memory)
     with transaction() as session:
         for sha256 in pinned.values():
             blobs.register(session, sha256)
-        for warning in warnings:
+        if memory["sounded"]:
+            jobs.save_step(session, context.claim, memory=memory, warnings=[*job.warnings, *warnings])
+            return MOVED
+    return _go_on(context, job, memory, warnings, verdicts)
+
+
+def _drawn(context: Context, job: Job, memory: dict[str, Any]) -> list[list[int]]:
+    """Channels of networks that a search begins with; none where no latency is constrained, or nothing is repaired."""
+    if not context.constrained or not context.spec.search.repair:
+        return []
+    budget, _ = _budget(context, job, memory)
+    drawn = budget.sample(SOUNDED, numpy_generator(context.spec.seed, "sounded"))
+    return [list(map(int, channels)) for channels in budget.channels(drawn)]
+
+
+def _sound(context: Context, job: Job) -> Outcome:
+    """Correct prices by what the drawn networks take, and go on."""
+    memory = dict(job.memory)
+    networks = {context.space.digest(channels): channels for channels in memory["sounded"]}
+    with transaction() as session:
+        found = measuring.look(session, context, context.constrained, f"sound-{job.id}", networks)
+        verdicts = {name: _verdict(session, context, *split_latency(name)) for name in context.constrained}
+        clock = jobs.clock(session)
+        if not memory.get("since"):
+            memory["since"] = clock
+            jobs.save_step(session, context.claim, memory=memory)
+    lacking = any(len(measured) < len(context.constrained) for measured in found.values())
+    if lacking and clock - memory["since"] < SOUND_SECONDS:
+        context.console.say({"phase": "profiling", "waits_for": list(context.constrained)})
+        return FOR_DEVICE
+    sounded = _corrections(context, memory, networks, found)
+    memory |= {
+        "corrections": {name: one["correction"] for name, one in sounded.items()},
+        "margins": memory["margins"] | {name: one["margin"] for name, one in sounded.items()}, "since": None,
+    }  # fmt: skip
+    _, warnings = _budget(context, job, memory) if sounded else (None, [])
+    return _go_on(context, job, memory, warnings, verdicts, sounded)
+
+
+def _go_on(
+    context: Context, job: Job, memory: dict[str, Any], warnings: Sequence[str], verdicts: Mapping[str, Verdict],
+    sounded: Mapping[str, Any] = MappingProxyType({}),
+) -> Outcome:  # fmt: skip
+    """To `training`, with what a user should know before the latencies of a job are believed."""
+    doubted = [name for name in context.constrained if verdicts[name].reason]
+    told = dict.fromkeys([*warnings, *(_doubt(name, verdicts[name], memory["margins"][name]) for name in doubted)])
+    new = [warning for warning in told if warning not in job.warnings]
+    with transaction() as session:
+        if sounded:
+            jobs.add_event(session, job.id, "sounding", dict(sounded))
+        for warning in new:
             jobs.add_event(session, job.id, "warning", {"detail": warning})
-        jobs.save_step(
-            session, context.claim, state=JobState.TRAINING, memory=memory, warnings=[*job.warnings, *warnings]
-        )
+        jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory, warnings=[*job.warnings, *new])
     return MOVED
+
+
+def _corrections(
+    context: Context, memory: dict[str, Any], networks: dict[str, list[int]], found: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Latency → `correction`, `margin` and number of `networks`, where enough of them were measured."""
+    predicted = {key: context.budget_of(memory).predict(channels) for key, channels in networks.items()}
+    sounded = {}
+    for name in context.constrained:
+        ratios = np.array([seconds[name] / predicted[key][name] for key, seconds in found.items() if name in seconds])
+        if len(ratios) >= SOUNDED / 2:
+            middle = float(np.median(ratios))
+            margin = min(MOST_MARGIN, float(np.abs(ratios / middle - 1).mean()))
+            sounded[name] = {"networks": len(ratios), "correction": middle, "margin": margin}
+    return sounded
 
 
 def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
     """Note the FLOPs of networks at the ends of what is searched; returns warnings.
 
-    They are those of the uniform networks there. Where structures are filled, they are of those that a search begins
-    with, which have widths that the device is fast with: their median, or what nine of ten stay below in a range.
+    They are by the table alone, so that jobs which differ in nothing else share a PruningNet whatever they measure
+    afterwards. They are those of the uniform networks there. Where structures are filled, they are of those that a
+    search begins with, which have widths that the device is fast with: their median, or what nine of ten stay below in
+    a range.
     """
     budget, warnings = _budget(context, job, memory)
     memory["flops"] = flops(context.space.layers(budget.uniform()))
@@ -133,9 +213,8 @@ def _ends(context: Context) -> list[Layer]:
     return [layer for end in (space.smallest, space.largest) for layer in space.layers(space.channels(end))]
 
 
-def _doubt(name: str, verdict: Verdict) -> str:
-    """What a user should know of a table before the latencies of a job are believed."""
+def _doubt(name: str, verdict: Verdict, margin: float) -> str:
+    """What there is to know of a table."""
     return (
-        f"{name}'s lookup table is {verdict.trust}: {verdict.reason}; "
-        f"the search keeps {verdict.margin:.1%} of the budget free"
+        f"{name}'s lookup table is {verdict.trust}: {verdict.reason}; the search keeps {margin:.1%} of the budget free"
     )
