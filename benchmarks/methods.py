@@ -135,7 +135,7 @@ def _side_by_side() -> Cell:
         "collaborative": TUNED | {"fine_tuning": {"learning_rate": 0.03}},
     }  # fmt: skip
     budget = [{"metric": "flops", "max": _full(space) // 8}]
-    latency = [{"metric": "latency", "device": "this-machine", "max_ms": 0.35}]
+    latency = [{"metric": "latency", "device": "this-machine", "max_ms": 0.04}]
     return Cell(common, {"flops": {"constraints": budget}, "latency": {"constraints": latency}})
 
 
