@@ -104,6 +104,7 @@ def _collaborative() -> Cell:
     settings: dict[str, Json] = {
         "collaborative": {}, "diagonal": {"ranking": "diagonal"}, "l1": {"ranking": "l1"},
         "auxiliary": {"auxiliaries": 2}, "global": {"allocation": "global"}, "sequential": {"order": "sequential"},
+        "more images": {"images": 16_384}, "more images, global": {"images": 16_384, "allocation": "global"},
     }  # fmt: skip
     shared = TUNED | {"fine_tuning": {"epochs": 4, "learning_rate": 0.03}}
     return Cell(common, {name: {"collaborative": shared | one} for name, one in settings.items()})
@@ -135,7 +136,7 @@ def _side_by_side() -> Cell:
         "collaborative": TUNED | {"fine_tuning": {"learning_rate": 0.03}},
     }  # fmt: skip
     budget = [{"metric": "flops", "max": _full(space) // 8}]
-    latency = [{"metric": "latency", "device": "this-machine", "max_ms": 0.04}]
+    latency = [{"metric": "latency", "device": "this-machine", "max_ms": 0.06}]
     return Cell(common, {"flops": {"constraints": budget}, "latency": {"constraints": latency}})
 
 

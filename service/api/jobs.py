@@ -144,7 +144,11 @@ async def events(
     job_id: Annotated[str, Depends(existing_job)],
     last_event_id: Annotated[int, Header(ge=0, lt=2**63, description="go on behind this event")] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happens in the job, as server-sent events, from the beginning until it has ended."""
+    """What happens in the job, as server-sent events, from the beginning until it has ended.
+
+    Kinds: `state`; `progress`; `sounding` (by latency: the correction of its prices, and the margin that is kept);
+    `generation`, a summary of each; `warning`.
+    """
     seen, ended = last_event_id, False
     while not ended:
         news, ended = await to_thread.run_sync(_news, job_id, seen)
