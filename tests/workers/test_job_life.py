@@ -87,11 +87,14 @@ class Bench:
                 leased = agents.lease(session, device, FACTS, 500, 60.0)
                 if not leased.works:
                     break
-                outcomes = [Outcome(w.id, w.kind, w.key, self._value(w), values=[self._value(w)]) for w in leased.works]
+                outcomes = [self._outcome(work) for work in leased.works]
                 upload = hashlib.sha256(repr([w.id for w in leased.works]).encode()).hexdigest()[:32]
                 agents.record(session, device, Batch(upload, leased.lease_id, canonical_sha(FACTS), outcomes))
                 done += len(outcomes)
         return done
+
+    def _outcome(self, work: Work) -> Outcome:
+        return Outcome(work.id, work.kind, work.key, self._value(work), values=[self._value(work)])
 
     def _value(self, work: Work) -> float:
         if work.kind is WorkKind.LAYER:
@@ -341,6 +344,30 @@ def test_prices_are_corrected_by_networks_that_a_search_begins_with(world: None)
         [told] = session.scalars(select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.kind == "sounding"))
     assert told["bench"]["networks"] == len(job.memory["sounded"]) == 12
     assert told["bench"]["correction"] == job.memory["corrections"]["bench"]
+
+
+class Choosy(Bench):
+    """It cannot measure so many of the networks that budgets are sounded with."""
+
+    def __init__(self, failing: int) -> None:
+        super().__init__()
+        self.left = failing
+
+    def _outcome(self, work: Work) -> Outcome:
+        if work.kind is WorkKind.NETWORK and work.payload["purpose"].startswith("sound") and self.left:
+            self.left -= 1
+            return Outcome(work.id, work.kind, work.key, error="out of memory")
+        return super()._outcome(work)
+
+
+@pytest.mark.parametrize(("failing", "told"), [(4, 8), (8, None)])
+def test_a_search_can_do_without_sounded_networks_that_fail(world: None, failing: int, told: int | None) -> None:
+    job = run(submit(latency_bound(0.4)), Choosy(failing))
+    assert job.state is JobState.SUCCEEDED
+    with transaction() as session:
+        events = session.scalars(select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.kind == "sounding"))
+        assert [event["bench"]["networks"] for event in events] == ([told] if told else [])
+    assert job.memory["corrections"].keys() == ({"bench"} if told else set())
 
 
 def test_a_prediction_that_is_still_too_pessimistic_is_corrected_by_the_winner(world: None) -> None:
