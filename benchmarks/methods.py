@@ -104,6 +104,7 @@ def _collaborative() -> Cell:
     settings: dict[str, Json] = {
         "collaborative": {}, "diagonal": {"ranking": "diagonal"}, "l1": {"ranking": "l1"},
         "auxiliary": {"auxiliaries": 2}, "global": {"allocation": "global"}, "sequential": {"order": "sequential"},
+        "diagonal, global": {"ranking": "diagonal", "allocation": "global"},
         "more images": {"images": 16_384}, "more images, global": {"images": 16_384, "allocation": "global"},
     }  # fmt: skip
     shared = TUNED | {"fine_tuning": {"epochs": 4, "learning_rate": 0.03}}

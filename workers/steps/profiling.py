@@ -3,7 +3,7 @@
 A job never sees its tables change: what it searches with is stored as a file whose digest it remembers.
 
 A table is calibrated on networks from all over a space. A search picks those of which the device is fast with every
-layer, and these are off by one share together: seen were prices 15 to 20 % above what was measured, and 2.5 % around
+layer, and these are off by one share together: seen were prices 9 to 21 % above what was measured, and 2.5 % around
 that. So the devices measure some networks that a search under this budget begins with (`SOUNDED`). Their median is the
 correction that the search starts with, and how far they lie from it is its safety margin.
 """
@@ -80,6 +80,8 @@ def _pin(context: Context, job: Job) -> Outcome:
         for sha256 in pinned.values():
             blobs.register(session, sha256)
         if memory["sounded"]:
+            for warning in warnings:
+                jobs.add_event(session, job.id, "warning", {"detail": warning})
             jobs.save_step(session, context.claim, memory=memory, warnings=[*job.warnings, *warnings])
             return MOVED
     return _go_on(context, job, memory, warnings, verdicts)
