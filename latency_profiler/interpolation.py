@@ -1,8 +1,8 @@
 """Seconds of layers between measured ones.
 
-Bilinear, inside the smallest measured cell of a layer's family around it; nothing is extrapolated. Kernels have steps:
-where widths that are multiples of some number are faster, a layer is interpolated among those that are, or are not,
-multiples as it is.
+Bilinear, inside the smallest measured cell of a layer's family around it; nothing is extrapolated beyond what was
+measured. Kernels have steps: where widths that are multiples of some number are faster, a layer is interpolated among
+those that are, or are not, multiples as it is.
 """
 
 import math
@@ -65,16 +65,12 @@ class Family:
         whose input and output are one width (depthwise, poolings, the middle of a bottleneck) are measured along the
         diagonal and interpolated along it, among widths that the kernel treats alike (`_alignment`).
         """
-        alike = self._alike(c_in, c_out)
-        found = None if alike is None else alike._inside(c_in, c_out)
-        return self._inside(c_in, c_out) if found is None else found
-
-    def _inside(self, c_in: int, c_out: int) -> float | None:
-        if cell := self._cell(c_in, c_out):
-            (a, b), (c, d) = cell
-            at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
-            at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
-            return _linear(c_out, c, d, at_c, at_d)
+        for family in (self._alike(c_in, c_out), self):
+            if family is not None and (cell := family._cell(c_in, c_out)):
+                (a, b), (c, d) = cell
+                at_c = _linear(c_in, a, b, self.points[a, c], self.points[b, c])
+                at_d = _linear(c_in, a, b, self.points[a, d], self.points[b, d])
+                return _linear(c_out, c, d, at_c, at_d)
         return self._along(self._diagonal(), c_in, self._alignment()) if c_in == c_out else None
 
     @property

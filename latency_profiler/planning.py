@@ -17,7 +17,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -174,12 +173,8 @@ def _halves(slot: Slot, axis: Sequence[int], seconds: Floats, matters: float, al
         for (low, high), is_wrong in zip(pairwise(axis[row] for row in rows), wrong, strict=True):
             widths = {choice: slot.at(choice) for choice in range(low + 1, high)} if is_wrong else {}
             new = [c for c, width in widths.items() if (width % alignment == 0) == aligned and width not in known]
-            halves |= {min(new, key=partial(_distance, (low + high) / 2))} if new else set()
+            halves |= {min((abs(2 * choice - low - high), choice) for choice in new)[1]} if new else set()
     return worst, halves
-
-
-def _distance(middle: float, choice: int) -> float:
-    return abs(choice - middle)
 
 
 def _axes(unit: Unit, points: int, table: LatencyTable) -> list[list[int]]:

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
 from latency_profiler.cost import layer_flops
 from latency_profiler.errors import InvalidInput, MissingLatencies
-from latency_profiler.interpolation import alignments_of
+from latency_profiler.interpolation import Family, alignments_of
 from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable
 from latency_profiler.planning import plan_layers
@@ -118,6 +119,17 @@ def test_beside_one_width_of_the_kind_a_layer_takes_in_proportion() -> None:
 def test_where_no_width_is_of_the_kind_any_is_better_than_none() -> None:
     assert along({4: 8.0, 8: 16.0, 12: 24.0}, 6) == pytest.approx(12.0)
     assert along({3: 60.0, 5: 100.0, 7: 140.0}, 4) == pytest.approx(80.0)
+
+
+def test_where_no_cell_is_of_the_kind_any_cell_is_better_than_the_diagonal() -> None:
+    """Multiples of 16 are a third as slow; of them only the ends are measured, and only with themselves."""
+    family = Family()
+    for c_in, c_out in product(range(25, 257, 21), range(25, 257, 21)):
+        family.add((c_in, c_out), 3.0 * c_in * c_out)
+    for width in (16, 32, 48, 256):
+        family.add((width, width), 1.0 * width * width)
+    assert 16 in family.alignments
+    assert family.interpolate(160, 160) == pytest.approx(3.0 * 160 * 160)
 
 
 def test_noise_is_no_alignment() -> None:

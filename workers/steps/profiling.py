@@ -11,7 +11,6 @@ correction that the search starts with, and how far they lie from it is its safe
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def _pin(context: Context, job: Job) -> Outcome:
                 jobs.add_event(session, job.id, "warning", {"detail": warning})
             jobs.save_step(session, context.claim, memory=memory, warnings=[*job.warnings, *warnings])
             return MOVED
-    return _go_on(context, job, memory, warnings, verdicts)
+    return _go_on(context, job, memory, warnings, verdicts, {})
 
 
 def _drawn(context: Context, job: Job, memory: dict[str, Any]) -> list[list[int]]:
@@ -125,7 +124,7 @@ def _sound(context: Context, job: Job) -> Outcome:
 
 def _go_on(
     context: Context, job: Job, memory: dict[str, Any], warnings: Sequence[str], verdicts: Mapping[str, Verdict],
-    sounded: Mapping[str, Any] = MappingProxyType({}),
+    sounded: dict[str, dict[str, float]],
 ) -> Outcome:  # fmt: skip
     """To `training`, with what a user should know before the latencies of a job are believed."""
     doubted = [name for name in context.constrained if verdicts[name].reason]
@@ -133,7 +132,7 @@ def _go_on(
     new = [warning for warning in told if warning not in job.warnings]
     with transaction() as session:
         if sounded:
-            jobs.add_event(session, job.id, "sounding", dict(sounded))
+            jobs.add_event(session, job.id, "sounding", sounded)
         for warning in new:
             jobs.add_event(session, job.id, "warning", {"detail": warning})
         jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory, warnings=[*job.warnings, *new])
@@ -144,7 +143,8 @@ def _corrections(
     context: Context, memory: dict[str, Any], networks: dict[str, list[int]], found: dict[str, dict[str, float]]
 ) -> dict[str, dict[str, float]]:
     """Latency → `correction`, `margin` and number of `networks`, where enough of them were measured."""
-    predicted = {key: context.budget_of(memory).predict(channels) for key, channels in networks.items()}
+    budget = context.budget_of(memory)
+    predicted = {key: budget.predict(channels) for key, channels in networks.items()}
     sounded = {}
     for name in context.constrained:
         ratios = np.array([seconds[name] / predicted[key][name] for key, seconds in found.items() if name in seconds])
