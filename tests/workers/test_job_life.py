@@ -370,6 +370,20 @@ def test_a_search_can_do_without_sounded_networks_that_fail(world: None, failing
     assert job.memory["corrections"].keys() == ({"bench"} if told else set())
 
 
+class Erratic(Bench):
+    """Every other network that a budget is sounded with takes twice as long."""
+
+    def _value(self, work: Work) -> float:
+        sounding = work.kind is WorkKind.NETWORK and work.payload["purpose"].startswith("sound")
+        return super()._value(work) * (2 if sounding and work.id % 2 else 1)
+
+
+def test_soundings_that_are_off_by_no_one_share_correct_nothing(world: None) -> None:
+    job = run(submit(latency_bound(0.4)), Erratic())
+    assert job.state is JobState.SUCCEEDED
+    assert (len(job.memory["sounded"]), job.memory["corrections"]) == (12, {})
+
+
 def test_a_prediction_that_is_still_too_pessimistic_is_corrected_by_the_winner(world: None) -> None:
     bench = Bench(lambda purpose: 0.7 if purpose.startswith(("check", "verify")) else 1.0)
     job = run(submit(latency_bound(0.4)), bench)
