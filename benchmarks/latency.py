@@ -44,8 +44,8 @@ from workers.budget import Budget
 
 Json = dict[str, Any]
 HELD, PICKED = 50, 30
-SAMPLED = 6
-DENSITIES: tuple[int | None, ...] = (4, 6, 11, None)
+SAMPLED = 10
+DENSITIES: tuple[int | None, ...] = (6, 10, 16, None)
 
 
 @dataclass(frozen=True)

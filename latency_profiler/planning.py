@@ -6,11 +6,11 @@ layer's expected error is its multiply-adds, times its places in the network, ov
 often the range of widths was halved before its width is reached. Layers of about one error are shuffled, so that a
 drift of the machine is no slope over widths.
 
-A grid of widths has some that are spread evenly and some that are as *even* as there are nearby, which kernels may be
-made for: such a width is fast only with others, and a search picks the fast ones. So prices are interpolated among
-widths of one kind (`interpolation`). When a grid is measured, its points say where that fails, as where a cache is
-full: where a point lies far from the line between its neighbours of its kind, the gaps on both of its sides are halved
-(`refinement`), again and again until lines hold, or the difference is too small to matter.
+A grid has, of each part of the range, the width that most powers of two divide and one that fewest do: kernels are made
+for such *even* widths, a search picks them, and prices are interpolated among widths of one kind (`interpolation`).
+When a grid is measured, its points say where that fails, as where a cache is full: where a point lies far from the line
+between its neighbours of its kind, the gaps on both of its sides are halved (`refinement`), again and again until lines
+hold, or the difference is too small to matter.
 """
 
 import math
@@ -45,8 +45,8 @@ def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
 
     Args:
         space: whose layers.
-        points: widths per slot, spread over its 31 choices; the rest is interpolated. None plans every choice. Fixed
-            slots are planned like genes, since the uniform network scales them too.
+        points: widths per slot (`sampled`); the rest is interpolated. None plans every choice. Fixed slots are planned
+            like genes, since the uniform network scales them too.
     """
     layers = dict[Layer, None]()
     for unit in space.units:
@@ -59,19 +59,19 @@ def plan_layers(space: Space, points: int | None = None) -> list[Layer]:
 
 
 def sampled(slot: Slot, points: int | None) -> list[int]:
-    """Choices of a slot: so many spread over all, and the most even ones of two thirds as many parts; None is all."""
+    """At most so many choices of a slot, of 4 or more: both ends, the most and the least even one of each part between.
+
+    None is all choices.
+    """
     if points is None or points >= CHOICES:
         return list(range(CHOICES))
-    evenly = {round(x) for x in np.linspace(0, CHOICES - 1, points)}
-    parts = np.array_split(np.arange(CHOICES), round(points * 2 / 3))
-    return sorted(evenly | {_most_even(slot, part.tolist()) for part in parts})
-
-
-def _most_even(slot: Slot, choices: Sequence[int]) -> int:
-    """That with the width that most powers of two divide, up to `EVEN`: of several the middle one, or the very last."""
-    evenness = [math.gcd(slot.at(choice), EVEN) for choice in choices]
-    best = [choice for choice, even in zip(choices, evenness, strict=True) if even == max(evenness)]
-    return best[-1] if best[-1] == CHOICES - 1 else best[len(best) // 2]
+    evenness = [math.gcd(slot.at(choice), EVEN) for choice in range(CHOICES)]
+    found = {0, CHOICES - 1}
+    for part in np.array_split(np.arange(CHOICES), max(1, (points - 2) // 2)):
+        for most in (max, min):
+            even = [choice for choice in part.tolist() if evenness[choice] == most(evenness[c] for c in part)]
+            found.add(even[-1] if even[-1] == CHOICES - 1 else even[len(even) // 2])
+    return sorted(found)
 
 
 def by_expected_error(space: Space, layers: Sequence[Layer], seed: int = 0) -> list[Layer]:

@@ -41,7 +41,7 @@ Mode = Literal["full", "sampled", "on-demand"]
 ON_DEMAND: Mode = "on-demand"
 FULL = 31
 """Points of a profile that measures every choice."""
-SAMPLED = 6
+SAMPLED = 10
 """Points that suffice to price every structure of a space, interpolated."""
 RECENT_SECONDS = 300.0
 """How far back the rate of measuring is looked at."""

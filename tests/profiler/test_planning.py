@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from latency_profiler.planning import _errors, _halved, by_expected_error, plan_
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import Space
 
 SPACE = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
+NARROW = get_space("resnet20", 8, 1.0, 10, free_last=True)
 
 
 def error(layers: list[Layer], networks: int = 30) -> float:
@@ -52,8 +55,11 @@ def test_all_layers_come_once_and_the_corners_first(points: int) -> None:
     layers = plan_layers(SPACE, points)
     ordered = by_expected_error(SPACE, layers)
     assert sorted(map(str, ordered)) == sorted(map(str, layers))
-    corners = [layer.key for layer in plan_layers(SPACE, 2) if layer in set(layers)]
-    ends = {key for key in corners if not key.startswith(("depthwise", "global"))}
+    ends = {
+        unit.at(unit.source.at(i), unit.target.at(j)).key
+        for unit, i, j in product(SPACE.units, (0, 30), (0, 30))
+        if not unit.tied
+    }
     assert ends <= {layer.key for layer in ordered[: len(layers) // 2]}
     assert by_expected_error(SPACE, layers) == ordered != by_expected_error(SPACE, layers, seed=1)
 
@@ -67,19 +73,19 @@ def test_larger_layers_and_wider_gaps_come_first() -> None:
 
 
 def test_a_part_of_the_layers_prices_better_than_as_many_in_the_plans_order() -> None:
-    layers = plan_layers(SPACE, 9)
+    layers = plan_layers(SPACE, 12)
     ordered = by_expected_error(SPACE, layers)
     errors = [error(ordered[: int(share * len(layers))]) for share in (0.25, 0.5, 0.75, 1.0)]
     assert error(layers[: int(0.75 * len(layers))]) == float("inf")
     assert errors[0] < 0.2
-    assert errors == sorted(errors, reverse=True)
+    assert max(errors[1:]) < errors[0] / 2
 
 
 def measured(layers: list[Layer], seconds: Callable[[Layer], float]) -> LatencyTable:
     return LatencyTable("d", "f", {layer.key: Entry(layer, seconds(layer)) for layer in layers})
 
 
-def refined(seconds: Callable[[Layer], float], points: int = 6, most: int = 10_000) -> tuple[list[Layer], int]:
+def refined(seconds: Callable[[Layer], float], points: int = 10, most: int = 10_000) -> tuple[list[Layer], int]:
     """The layers of a grid and all that it is refined by, and in how many rounds."""
     layers, rounds = plan_layers(SPACE, points), 0
     while new := refinement(SPACE, points, measured(layers, seconds), most):
@@ -89,7 +95,7 @@ def refined(seconds: Callable[[Layer], float], points: int = 6, most: int = 10_0
 
 
 def test_lines_need_no_more_points() -> None:
-    assert refined(lambda layer: 1e-6 * (3 + layer.c_in + 2 * layer.c_out)) == (plan_layers(SPACE, 6), 0)
+    assert refined(lambda layer: 1e-6 * (3 + layer.c_in + 2 * layer.c_out)) == (plan_layers(SPACE, 10), 0)
 
 
 def test_around_a_step_gaps_are_halved_until_it_is_between_two_choices() -> None:
@@ -105,28 +111,29 @@ def test_around_a_step_gaps_are_halved_until_it_is_between_two_choices() -> None
         priced = measured(layers, seconds).layer(unit.at(117, width)).seconds
         assert priced == pytest.approx(seconds(unit.at(117, width)), rel=1e-6) or abs(width - step) <= 8, width
     others = {layer for layer in layers if layer.family != family}
-    assert others == {layer for layer in plan_layers(SPACE, 6) if layer.family != family}, "only where it matters"
+    assert others == {layer for layer in plan_layers(SPACE, 10) if layer.family != family}, "only where it matters"
 
 
-def test_refined_grids_price_better_than_finer_ones_of_more_layers() -> None:
+def test_refined_grids_price_better_than_a_finer_one_of_more_layers() -> None:
     device = Simulated(Settings())
     layers, _ = refined(device._layer_seconds)
-    for points in (7, 8, 9):
-        finer = plan_layers(SPACE, points)
-        assert len(layers) < len(finer)
-        assert error(layers) < error(finer)
-    assert error(layers) < error(plan_layers(SPACE, 6))
+    finer = plan_layers(SPACE, 12)
+    assert len(layers) < len(finer)
+    assert error(layers) < error(finer)
+    assert error(layers) < error(plan_layers(SPACE, 10))
 
 
-@pytest.mark.parametrize("points", [3, 6, 11])
-def test_grids_have_evenly_spread_widths_and_the_most_even_ones(points: int) -> None:
-    for slot in {unit.target for unit in SPACE.units if not unit.tied}:
+@pytest.mark.parametrize("points", [4, 6, 10, 16])
+def test_grids_have_the_ends_and_even_and_odd_widths_of_all_parts(points: int) -> None:
+    for slot in {unit.target for unit in (*SPACE.units, *NARROW.units) if not unit.tied}:
         choices = sampled(slot, points)
         assert choices == sorted(set(choices))
+        assert len(choices) <= points
         assert {0, 30} <= set(choices)
-        assert len(choices) <= points + round(points * 2 / 3)
         evenness = [math.gcd(slot.at(choice), 32) for choice in range(31)]
-        assert max(evenness) in {evenness[choice] for choice in choices}
+        for part in np.array_split(range(31), (points - 2) // 2):
+            grid, whole = ({evenness[choice] for choice in some} for some in (set(part) & set(choices), part))
+            assert {min(whole), max(whole)} <= grid
     assert sampled(SPACE.units[0].target, 31) == sampled(SPACE.units[0].target, None) == list(range(31))
 
 
@@ -136,17 +143,25 @@ def blocked(layer: Layer) -> float:
     return 1e-6 * slow * (5 + layer.c_in * layer.c_out / 400)
 
 
-def test_a_grid_prices_the_fast_structures_that_a_search_picks() -> None:
-    """Off by a quarter without widths that kernels are made for, or without telling them from the others."""
-    table, rng = measured(plan_layers(SPACE, 6), blocked), np.random.default_rng(0)
-    for kind in ("fast", "any"):
-        errors = []
-        for _ in range(50):
-            widths = [[width for width in slot.widths() if kind == "any" or width % 16 == 0] for slot in SPACE.genes]
-            channels = [int(rng.choice(some or [slot.base])) for some, slot in zip(widths, SPACE.genes, strict=True)]
-            exact = sum(map(blocked, SPACE.layers(channels)))
-            errors.append(abs(table.price(SPACE, channels).seconds / exact - 1))
-        assert np.mean(errors) < 0.05, kind
+def by_fours(layer: Layer) -> float:
+    """One that is six times as fast with inputs of multiples of 4."""
+    return 1e-6 * (1 if layer.c_in % 4 == 0 else 6) * (1 + layer.c_in / 40 + layer.c_out / 40)
+
+
+@pytest.mark.parametrize("kind", ["even", "odd", "any"])
+@pytest.mark.parametrize(("space", "kernel"), [(SPACE, blocked), (NARROW, by_fours)])
+def test_a_grid_prices_the_structures_that_a_search_picks(
+    space: Space, kernel: Callable[[Layer], float], kind: str
+) -> None:
+    """Off by a quarter without widths that kernels are made for, or without others, or without telling them apart."""
+    table, rng, errors = measured(plan_layers(space, 10), kernel), np.random.default_rng(0), []
+    fits = {"even": lambda width: width % 16 == 0, "odd": lambda width: width % 4 != 0, "any": lambda _: True}[kind]
+    for _ in range(50):
+        widths = [[width for width in slot.widths() if fits(width)] for slot in space.genes]
+        channels = [int(rng.choice(some or [slot.base])) for some, slot in zip(widths, space.genes, strict=True)]
+        exact = sum(map(kernel, space.layers(channels)))
+        errors.append(abs(table.price(space, channels).seconds / exact - 1))
+    assert np.mean(errors) < 0.05
 
 
 def test_gaps_are_halved_by_widths_of_the_same_kind() -> None:
@@ -157,10 +172,10 @@ def test_gaps_are_halved_by_widths_of_the_same_kind() -> None:
         step, slow = (350, 1) if layer.c_out % 8 == 0 else (250, 3)
         return 1e-6 * slow * (20 + layer.c_out) * (2 if layer.family == family and layer.c_out >= step else 1)
 
-    grid = plan_layers(SPACE, 6)
+    grid = plan_layers(SPACE, 10)
     table = measured(grid, seconds)
     assert table.alignments(family)[1] == 8
-    found = [layer.c_out for layer in refinement(SPACE, 6, table, 10_000) if layer.family == family]
+    found = [layer.c_out for layer in refinement(SPACE, 10, table, 10_000) if layer.family == family]
     known = sorted({layer.c_out for layer in grid if layer.family == family})
     for aligned, step in ((True, 350), (False, 250)):
         kind = [width for width in known if (width % 8 == 0) == aligned]

@@ -159,12 +159,12 @@ def test_what_a_job_waits_for_goes_before_what_was_asked_for_earlier(database: s
     with transaction() as session:
         device = devices.get(session, "bench")
         measurements.request_profile(session, device, other, "sampled", 3)
-        measurements.request_profile(session, device, SPACE_ARGUMENTS, "sampled", 6)
+        measurements.request_profile(session, device, SPACE_ARGUMENTS, "sampled", 10)
     lease(limit=0)
     with transaction() as session:
         measurements.request_for_job(session, devices.get(session, "bench"), SPACE_ARGUMENTS)
     works = lease().works
-    mine = [item for item in works if item.key in layer_keys(6) or item.key.startswith(SPACE.key + "|")]
+    mine = [item for item in works if item.key in layer_keys(10) or item.key.startswith(SPACE.key + "|")]
     assert works[: len(mine)] == mine
     assert [item.kind for item in mine[-CALIBRATION:]] == [WorkKind.NETWORK] * CALIBRATION, "its networks, too"
 
@@ -181,7 +181,7 @@ def test_a_job_that_waits_comes_first_in_a_new_table_as_well(database: str) -> N
     works = lease(facts=OTHER_FACTS).works
     first = [item for item in works if item.priority == work.FOR_JOB]
     assert works[: len(first)] == first
-    assert {item.key for item in first} == layer_keys(6)
+    assert {item.key for item in first} == layer_keys(10)
 
 
 def test_an_on_demand_profile_sleeps_until_a_job_needs_it(database: str) -> None:
@@ -204,9 +204,9 @@ def test_an_on_demand_profile_sleeps_until_a_job_needs_it(database: str) -> None
 
 
 def test_missing_layers(database: str) -> None:
-    register(points=6)
+    register(points=10)
     with transaction() as session:
-        assert measurements.layers_missing(session, "bench", SPACE) == [layer.key for layer in plan_layers(SPACE, 6)]
+        assert measurements.layers_missing(session, "bench", SPACE) == [layer.key for layer in plan_layers(SPACE, 10)]
     works = lease().works
     one = next(
         item for item in works if item.key.startswith("linear")
