@@ -91,7 +91,7 @@ def _agent(client: Client, device: str, runtime: str) -> "subprocess.Popen[bytes
 
 
 def _profiled(client: Client, device: str) -> None:
-    client.profile(device, ASKED | {"space": "mobilenet_v1", "mode": "sampled", "points": 6})
+    client.profile(device, ASKED | {"space": "mobilenet_v1", "mode": "sampled"})
     while (profile := client.profiles(device)["items"][0])["done"] + profile["failed"] < profile["planned"]:
         time.sleep(2.0)
 
