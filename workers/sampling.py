@@ -94,34 +94,39 @@ def fill(cost: Cost, low: float, high: float, encodings: Genes, rng: np.random.G
 
 def _widened(cost: Cost, limits: Floats, encodings: Genes, rng: np.random.Generator) -> Genes:
     """One gene after the other at its largest choice that costs no more than a limit (n,), or than it costs already."""
-    widened, costs = encodings.copy(), cost(encodings)
-    for gene in rng.permutation(encodings.shape[1]):
-        prices, choice = _prices(cost, widened, gene), widened[:, gene, None]
-        allowed = (prices <= np.maximum(costs, limits)[:, None]) & (choice <= EVERY)
-        widened[:, gene] = np.where(allowed, EVERY, choice).max(1)
-        costs = np.take_along_axis(prices, widened[:, gene, None], 1)[:, 0]
+    widened, costs, rows = encodings.copy(), cost(encodings), np.arange(len(encodings))
+    for genes in _orders(encodings, rng):
+        prices, choice = _prices(cost, widened, genes), widened[rows, genes]
+        allowed = (prices <= np.maximum(costs, limits)[:, None]) & (choice[:, None] <= EVERY)
+        widened[rows, genes] = np.where(allowed, EVERY, choice[:, None]).max(1)
+        costs = prices[rows, widened[rows, genes]]
     return widened
 
 
 def _narrowed(cost: Cost, limits: Floats, encodings: Genes, rng: np.random.Generator) -> Genes:
     """One gene after the other at its next smaller choice that costs less, again and again, to a limit (n,)."""
-    narrowed, costs = encodings.copy(), cost(encodings)
+    narrowed, costs, rows = encodings.copy(), cost(encodings), np.arange(len(encodings))
     for _ in range(CHOICES):
         before = narrowed.copy()
-        for gene in rng.permutation(encodings.shape[1]):
-            prices, choice = _prices(cost, narrowed, gene), narrowed[:, gene, None]
-            allowed = (prices < costs[:, None]) & (choice > EVERY) & (costs > limits)[:, None]
-            narrowed[:, gene] = np.where(allowed.any(1), np.where(allowed, EVERY, 0).max(1), narrowed[:, gene])
-            costs = np.take_along_axis(prices, narrowed[:, gene, None], 1)[:, 0]
+        for genes in _orders(encodings, rng):
+            prices, choice = _prices(cost, narrowed, genes), narrowed[rows, genes]
+            allowed = (prices < costs[:, None]) & (choice[:, None] > EVERY) & (costs > limits)[:, None]
+            narrowed[rows, genes] = np.where(allowed.any(1), np.where(allowed, EVERY, 0).max(1), choice)
+            costs = prices[rows, narrowed[rows, genes]]
         if (narrowed == before).all():
             break
     return narrowed
 
 
-def _prices(cost: Cost, encodings: Genes, gene: int) -> Floats:
-    """Costs (n, choices) of encodings (n, g) with every choice of one gene."""
+def _orders(encodings: Genes, rng: np.random.Generator) -> Genes:
+    """All genes (g, n) in an order of its own for each of encodings (n, g), so that these become different."""
+    return rng.permuted(np.tile(np.arange(encodings.shape[1]), (len(encodings), 1)), axis=1).T
+
+
+def _prices(cost: Cost, encodings: Genes, genes: Genes) -> Floats:
+    """Costs (n, choices) of encodings (n, g) with every choice of one gene (n,) of each."""
     tried = encodings.repeat(CHOICES, axis=0)
-    tried[:, gene] = np.tile(EVERY, len(encodings))
+    tried[np.arange(len(tried)), genes.repeat(CHOICES)] = np.tile(EVERY, len(encodings))
     return cost(tried).reshape(-1, CHOICES)
 
 

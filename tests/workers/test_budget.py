@@ -228,7 +228,7 @@ def test_within_milliseconds_structures_are_as_wide_as_is_free(share: float) -> 
             wider[:, gene] = np.maximum(wide[:, gene], choice)
             changed = (wider != wide).any(axis=1)
             assert (filled.tightness(wider)[changed] > 0.9 * tightness[changed]).all()
-    assert len(np.unique(wide, axis=0)) > 0.2 * len(wide), "and they are not all the same"
+    assert len(np.unique(wide, axis=0)) > 0.6 * len(wide), "and they are not all the same"
     assert filled.sample(64, numpy_generator(0, "free")).tolist() == wide.tolist()
 
 
