@@ -54,8 +54,8 @@ class Budget:
         corrections: Mapping[str, float], least_share: float = 0.0, fills: bool = True,
     ) -> None:  # fmt: skip
         self.space, self.constraints, self.tables, self.corrections = space, constraints, tables, corrections
-        self._timed = any(constraint.metric is Metric.LATENCY for constraint in constraints)
-        self._fills = fills and self._timed
+        self.timed = any(constraint.metric is Metric.LATENCY for constraint in constraints)
+        self._fills = fills and self.timed
         self._costs = CostModel(space)
         self._latencies = {latency: LatencyModel(table, space) for latency, table in tables.items()}
         self._widths = np.array(space.choices)
@@ -146,7 +146,7 @@ class Budget:
         )
         least, greatest = self.costs(small), self.costs(large)
         promising: npt.NDArray[np.bool_] = np.ones(len(heads), dtype=bool)
-        if not self._timed:
+        if not self.timed:
             promising &= _tightest(greatest, self.constraints) >= self.least
         for bound in (one for one in self.constraints if one.metric is not Metric.LATENCY):
             promising &= (_values(least, bound) <= bound.maximum) & (_values(greatest, bound) >= bound.minimum)
@@ -169,7 +169,7 @@ class Budget:
 
         Where none is within them, the smallest.
         """
-        if self._timed:  # a wider one may be faster
+        if self.timed:  # a wider one may be faster
             wanted = reversed(self._shares_of(TIMED_SHARES))
             return next((one for one in wanted if self._within(one, of)), self.space.uniform(SMALLEST_SHARE))
         networks = self._shares_of(

@@ -109,6 +109,31 @@ def test_slots_that_may_not_be_pruned_keep_their_width() -> None:
         Widths(budget_of(space, 0.2), space.uniform(1.0), range(2, 11), 0.3, False)
 
 
+def of_eights(share: float) -> Widths:
+    """A share of the whole network's milliseconds, where other widths than multiples of 8 take ten times as long."""
+    space = get_space("mobilenet_v1", 32, 0.5, 10, True)
+    table = LatencyTable("d", "f")
+    for layer in plan_layers(space):
+        table.add(Entry(layer, 1e-6 * (10 + layer.c_out) * (10 if layer.c_out % 8 else 1)))
+    whole = table.price(space, space.uniform(1.0)).seconds
+    return widths_of(Budget(space, [Constraint(Metric.LATENCY, share * whole, 0.0, "d")], {"d": table}, {}))
+
+
+@pytest.mark.parametrize("share", [0.45, 0.8])
+def test_where_wider_layers_are_faster_the_smallest_network_need_not_be(share: float) -> None:
+    widths = of_eights(share)
+    assert widths.budget.shares(widths.smallest[None])[0] > 1
+    for proportions in (widths.channels.astype(float), np.linspace(2.0, 1.0, len(widths.channels)) * widths.channels):
+        found = np.array([widths.within(proportions)])
+        assert 0.97 < widths.budget.shares(found)[0] <= 1
+        assert (found % 8 == 0).all()
+
+
+def test_a_budget_that_no_fast_network_keeps_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="the fastest network that may be pruned to uses 1"):
+        of_eights(0.3)
+
+
 def test_where_nothing_may_be_pruned_nothing_is_shared_out() -> None:
     space = get_space("resnet20", 32, 1.0, 10, True)
     widths = widths_of(budget_of(space, 1.0), floor=1.0)

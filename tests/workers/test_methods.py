@@ -7,6 +7,7 @@ import torch
 from sqlalchemy import select
 
 from latency_profiler.cost import flops, layer_flops
+from latency_profiler.errors import InvalidInput
 from service.methods import CollaborativeSpec, InterspaceSpec, MagnitudeSpec
 from service.store import blobs, results
 from service.store.models import Candidate, Job, JobState, Result, Role
@@ -20,6 +21,7 @@ from tests.workers.test_job_life import (
     flops_bound,
     forget,
     latency_bound,
+    read,
     run,
     submit,
     world,
@@ -110,6 +112,15 @@ def test_several_methods_stand_side_by_side(world: None) -> None:
     assert all(shown[method]["pruned"]["sparse_flops"] <= flops_bound(0.4)["max"] for method in others[1:])
     assert len(rows(job, Role.DENSE)) == len(rows(job, Role.UNIFORM)) == 1
     assert len(rows(job)) == 4
+
+
+def test_a_budget_that_a_method_cannot_prune_to_is_refused_before_anything_is_trained(world: None) -> None:
+    asked = QUICK | {"collaborative": QUICK["collaborative"] | {"floor": 0.9}}
+    job_id = submit(flops_bound(0.4), compare_with=["collaborative"], **asked)
+    with pytest.raises(InvalidInput, match="allow fewer channels per layer than 90%"):
+        run(job_id)
+    assert read(job_id).state is JobState.PROFILING
+    assert candidates(job_id) == []
 
 
 def test_a_former_winner_is_pruned_on(world: None) -> None:

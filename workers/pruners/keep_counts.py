@@ -7,6 +7,10 @@ channels then leave of the budget goes, channel by channel, to slots that were r
 checked by the cost model itself, so the result keeps it exactly, and at least 99 % of the tightest one is used, or no
 slot can have a channel more.
 
+Milliseconds need not grow with widths: kernels are fast with multiples of 4, 8 or 16 channels, so that a wider network
+may be faster, and the smallest too slow. There many factors are tried, with widths rounded to such multiples and
+without, and slots grow to multiples, too.
+
 Proportions are those of the trained network, given ratios, or come from one problem over all slots (`spread`). There
 the budget is a knapsack, but FLOPs are bilinear in widths and latencies are tables. So the cost is linearised at the
 present widths, by the slope between a slot's neighbouring widths, which is exact for FLOPs in one slot; the quadratic
@@ -25,6 +29,10 @@ from workers.budget import Budget
 from workers.pruners.quadratic import Floats, Quadratic, relax, split
 
 BISECTIONS = 50
+FACTORS = 64
+"""How many are tried where costs do not grow with widths."""
+EVEN = (4, 8, 16)
+"""Of whose multiples kernels are known to be faster."""
 FULL = 0.99
 """A budget of which this share is used is used up: filling it to the brim would only make cheap layers wide."""
 ROUNDS = 20
@@ -47,7 +55,7 @@ class Widths:
         grid: whether only the space's choices are allowed.
 
     Raises:
-        InvalidInput: even the smallest of these widths break the budget.
+        InvalidInput: even the smallest of these widths break the budget, or in milliseconds the fastest that are found.
     """
 
     def __init__(
@@ -58,30 +66,75 @@ class Widths:
             self._of(i, width, floor, grid) if i in self.slots else np.array([width])
             for i, width in enumerate(channels)
         ]
+        self._multiples = {
+            multiple: [_multiples(allowed, multiple) for allowed in self._allowed]
+            for multiple in ((1, *EVEN) if budget.timed else (1,))
+        }
         self.smallest: Ints = np.array([allowed[0] for allowed in self._allowed])
-        if (share := float(budget.shares(self.smallest[None])[0])) > 1:
+        self._least = self._fast()
+        if (share := float(budget.shares(self._least[None])[0])) > 1:
             raise InvalidInput(
-                f"the smallest network that may be pruned to uses {share:.0%} of the budget; "
-                f"allow fewer channels per layer than {floor:.0%}, or more layers to be pruned"
+                f"the {'fastest' if budget.timed else 'smallest'} network that may be pruned to uses {share:.0%} of "
+                f"the budget; allow fewer channels per layer than {floor:.0%}, or more layers to be pruned"
             )
 
     def within(self, proportions: Floats) -> tuple[int, ...]:
         """The widest network (s,) of these proportions (s,) within the budget, as near as whole channels allow."""
-        low, high = 0.0, float((self.channels / proportions).max())
-        if self._fits(self.at(high * proportions)):
-            return tuple(self.at(high * proportions).tolist())
+        most = float((self.channels / proportions).max())
+        if self._fits(self.at(most * proportions)):
+            return tuple(self.at(most * proportions).tolist())
+        if self.budget.timed:
+            widths, factor = self._scaled(proportions, most)
+        else:
+            factor = self._factor(proportions, most)
+            widths = self.at(factor * proportions)
+        return self._filled(widths, factor * proportions)
+
+    def at(self, targets: Floats, multiple: int = 1) -> Ints:
+        """The largest allowed widths (s,) that are no larger than targets (s,), or the smallest ones.
+
+        Args:
+            multiple: of which widths are multiples, where any of a slot's are.
+        """
+        of = self._multiples[multiple]
+        places = [
+            max(0, int(np.searchsorted(allowed, target + 1e-9, side="right")) - 1)
+            for allowed, target in zip(of, targets, strict=True)
+        ]
+        return np.array([allowed[place] for allowed, place in zip(of, places, strict=True)])
+
+    def _factor(self, proportions: Floats, most: float) -> float:
+        """The largest on proportions (s,) with which the network is within the budget."""
+        low, high = 0.0, most
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (middle, high) if self._fits(self.at(middle * proportions)) else (low, middle)
-        return self._filled(self.at(low * proportions), low * proportions)
+        return low
 
-    def at(self, targets: Floats) -> Ints:
-        """The largest allowed widths (s,) that are no larger than targets (s,), or the smallest ones."""
-        places = [
-            max(0, int(np.searchsorted(allowed, target + 1e-9, side="right")) - 1)
-            for allowed, target in zip(self._allowed, targets, strict=True)
-        ]
-        return np.array([allowed[place] for allowed, place in zip(self._allowed, places, strict=True)])
+    def _scaled(self, proportions: Floats, most: float) -> tuple[Ints, float]:
+        """The widest network (s,) within the milliseconds that is rounded from proportions (s,), and its factor."""
+        tried = [(most * i / FACTORS, multiple) for i in range(FACTORS, 0, -1) for multiple in self._multiples]
+        networks = np.array([self.at(factor * proportions, multiple) for factor, multiple in tried])
+        reached = np.log(networks / proportions).mean(1)
+        reached[self.budget.shares(networks) > 1] = -np.inf
+        at = int(reached.argmax())
+        return (networks[at], tried[at][0]) if np.isfinite(reached[at]) else (self._least, 0.0)
+
+    def _fast(self) -> Ints:
+        """The smallest widths (s,), or where others may be faster the fastest that changing slot after slot finds."""
+        begins = np.array([self.at(np.zeros(len(self.channels)), multiple) for multiple in self._multiples])
+        shares = self.budget.shares(begins)
+        widths: Ints = begins[shares.argmin()]
+        share = float(shares.min())
+        while self.budget.timed and share > 1:
+            wider = np.concatenate(
+                [np.where(np.eye(len(widths), dtype=bool), one, widths) for one in self._next(widths)]
+            )
+            shares = self.budget.shares(wider)
+            if shares.min() >= share:
+                break
+            widths, share = wider[shares.argmin()], float(shares.min())
+        return widths
 
     def slopes(self, widths: Ints) -> Floats:
         """Share of the budget (s,) that a channel more of each slot costs at these widths; 0 where none can be pruned.
@@ -108,26 +161,35 @@ class Widths:
         return bool(self.budget.shares(widths[None])[0] <= 1)
 
     def _filled(self, widths: Ints, targets: Floats) -> tuple[int, ...]:
-        """One allowed width more of the slot that is furthest behind its target, until the budget is used up."""
+        """A wider allowed width of the slot that is furthest behind its target, until the budget is used up."""
         for _ in range(int(self.channels.sum())):
             if self.budget.shares(widths[None])[0] >= FULL:
                 break
-            following = self._next(widths)
-            steps = np.where(np.eye(len(widths), dtype=bool), following, widths)
-            fits = (following > widths) & (self.budget.shares(steps) <= 1)
+            following = np.concatenate(self._next(widths))  # (k * s,)
+            at = np.tile(np.arange(len(widths)), len(following) // len(widths))
+            steps = widths[None].repeat(len(following), axis=0)
+            steps[np.arange(len(following)), at] = following
+            fits = (following > widths[at]) & (self.budget.shares(steps) <= 1)
             if not fits.any():
                 break
-            behind = np.where(fits, (targets - widths) / np.maximum(1, following - widths), -np.inf)
+            behind = np.where(fits, ((targets - widths)[at]) / np.maximum(1, following - widths[at]), -np.inf)
             widths = steps[behind.argmax()]
         return tuple(widths.tolist())
 
-    def _next(self, widths: Ints) -> Ints:
-        """The next allowed widths (s,), or the same where there is none."""
-        places = [
-            int(np.searchsorted(allowed, width, side="right"))
-            for allowed, width in zip(self._allowed, widths, strict=True)
-        ]
-        return np.array([allowed[min(i, len(allowed) - 1)] for allowed, i in zip(self._allowed, places, strict=True)])
+    def _next(self, widths: Ints) -> list[Ints]:
+        """The next allowed widths (s,) of all kinds of multiples, or the same where there is none."""
+        following = []
+        for of in self._multiples.values():
+            places = [int(np.searchsorted(one, width, side="right")) for one, width in zip(of, widths, strict=True)]
+            wider = [one[min(i, len(one) - 1)] for one, i in zip(of, places, strict=True)]
+            following.append(np.array(wider, dtype=np.int64).clip(min=widths))
+        return following
+
+
+def _multiples(allowed: Ints, of: int) -> Ints:
+    """Those of some widths that are multiples of a number, or all where none is."""
+    found = allowed[allowed % of == 0]
+    return found if len(found) else allowed
 
 
 @dataclass(frozen=True, slots=True)

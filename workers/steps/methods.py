@@ -16,10 +16,11 @@ from workers.pruners import goals, sparse_storage
 from workers.pruners.allowance import Allowance
 from workers.pruners.basis_costs import basis_parameters, layer_costs
 from workers.pruners.collaborative import CollaborativePruner
-from workers.pruners.collaborative_settings import CollaborativeSettings
+from workers.pruners.collaborative_settings import CollaborativeSettings, prunable
 from workers.pruners.filter_bases import Bases
 from workers.pruners.interspace import InterspaceTrainer
 from workers.pruners.interspace_settings import InterspaceSettings
+from workers.pruners.keep_counts import Widths
 from workers.pruners.magnitude import MagnitudePruner
 from workers.pruners.schedule import MagnitudeSettings, Scan
 from workers.steps import trainers, turns
@@ -42,6 +43,27 @@ class Pruned:
 def needs_dense(context: Context, method: Method) -> bool:
     """Whether the dense network is to be trained first, on the whole training set."""
     return context.spec.start is None and _from_trained(context, method)
+
+
+def check(context: Context, memory: Mapping[str, Any]) -> None:
+    """See that all methods can prune to the budget of a job with this memory, before anything is trained for them.
+
+    Raises:
+        InvalidInput: one of them cannot.
+    """
+    spec, space = context.spec, context.space
+    if "collaborative" not in spec.methods:
+        return
+    channels = space.channels(space.largest)
+    if spec.start is not None:
+        with transaction() as session:
+            found = results.winner(session, spec.start)
+            assert found is not None
+            channels = tuple(structures.get(session, found.structure_id).channels)
+    asked = spec.collaborative
+    Widths(
+        context.budget_of(memory), channels, prunable(space, asked.shortcuts), asked.floor, asked.widths == "choices"
+    )
 
 
 def build(context: Context, job: Job, method: Method, kept: Mapping[str, Any]) -> Any:

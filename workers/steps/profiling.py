@@ -28,7 +28,7 @@ from service.store.session import transaction
 from workers.budget import Budget
 from workers.checkpoints import write_blob
 from workers.sampling import numpy_generator
-from workers.steps import measuring
+from workers.steps import measuring, methods
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
@@ -126,7 +126,12 @@ def _go_on(
     context: Context, job: Job, memory: dict[str, Any], warnings: Sequence[str], verdicts: Mapping[str, Verdict],
     sounded: dict[str, dict[str, float]],
 ) -> Outcome:  # fmt: skip
-    """To `training`, with what a user should know before the latencies of a job are believed."""
+    """To `training`, with what a user should know before the latencies of a job are believed.
+
+    Raises:
+        InvalidInput: a method cannot prune to the budget.
+    """
+    methods.check(context, memory)
     doubted = [name for name in context.constrained if verdicts[name].reason]
     told = dict.fromkeys([*warnings, *(_doubt(name, verdicts[name], memory["margins"][name]) for name in doubted)])
     new = [warning for warning in told if warning not in job.warnings]
