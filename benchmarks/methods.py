@@ -141,7 +141,11 @@ def _side_by_side() -> Cell:
     }  # fmt: skip
     budget = [{"metric": "flops", "max": _full(space) // 8}]
     latency = [{"metric": "latency", "device": "this-machine"}]
-    return Cell(common, {"flops": {"constraints": budget}, "latency": {"constraints": latency}})
+    alone = {"method": "collaborative", "compare_with": [], "baselines": False}
+    return Cell(common, {
+        "flops": {"constraints": budget}, "latency": {"constraints": latency},
+        "collaborative, latency": {"constraints": latency} | alone,
+    })  # fmt: skip
 
 
 def _weights(space: Space, share: float) -> list[Json]:
