@@ -65,12 +65,13 @@ def sampled(slot: Slot, points: int | None) -> list[int]:
     """
     if points is None or points >= CHOICES:
         return list(range(CHOICES))
-    evenness = [math.gcd(slot.at(choice), EVEN) for choice in range(CHOICES)]
+    evenness = np.gcd([slot.at(choice) for choice in range(CHOICES)], EVEN)
     found = {0, CHOICES - 1}
     for part in np.array_split(np.arange(CHOICES), max(1, (points - 2) // 2)):
-        for most in (max, min):
-            even = [choice for choice in part.tolist() if evenness[choice] == most(evenness[c] for c in part)]
-            found.add(even[-1] if even[-1] == CHOICES - 1 else even[len(even) // 2])
+        for wanted in (evenness[part].max(), evenness[part].min()):
+            as_even = part[evenness[part] == wanted].tolist()
+            if CHOICES - 1 not in as_even:  # which is there already
+                found.add(as_even[len(as_even) // 2])
     return sorted(found)
 
 

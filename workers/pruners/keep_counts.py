@@ -126,10 +126,7 @@ class Widths:
         shares = self.budget.shares(begins)
         widths: Ints = begins[shares.argmin()]
         share = float(shares.min())
-        while self.budget.timed and share > 1:
-            wider = np.concatenate(
-                [np.where(np.eye(len(widths), dtype=bool), one, widths) for one in self._next(widths)]
-            )
+        while self.budget.timed and share > 1 and len(wider := self._wider(widths)):
             shares = self.budget.shares(wider)
             if shares.min() >= share:
                 break
@@ -165,25 +162,26 @@ class Widths:
         for _ in range(int(self.channels.sum())):
             if self.budget.shares(widths[None])[0] >= FULL:
                 break
-            following = np.concatenate(self._next(widths))  # (k * s,)
-            at = np.tile(np.arange(len(widths)), len(following) // len(widths))
-            steps = widths[None].repeat(len(following), axis=0)
-            steps[np.arange(len(following)), at] = following
-            fits = (following > widths[at]) & (self.budget.shares(steps) <= 1)
-            if not fits.any():
+            if len(wider := self._wider(widths)):
+                wider = wider[self.budget.shares(wider) <= 1]
+            if not len(wider):
                 break
-            behind = np.where(fits, ((targets - widths)[at]) / np.maximum(1, following - widths[at]), -np.inf)
-            widths = steps[behind.argmax()]
+            behind = ((targets - widths) / np.maximum(1, wider - widths))[wider > widths]
+            widths = wider[behind.argmax()]
         return tuple(widths.tolist())
 
-    def _next(self, widths: Ints) -> list[Ints]:
-        """The next allowed widths (s,) of all kinds of multiples, or the same where there is none."""
-        following = []
-        for of in self._multiples.values():
-            places = [int(np.searchsorted(one, width, side="right")) for one, width in zip(of, widths, strict=True)]
-            wider = [one[min(i, len(one) - 1)] for one, i in zip(of, places, strict=True)]
-            following.append(np.array(wider, dtype=np.int64).clip(min=widths))
-        return following
+    def _wider(self, widths: Ints) -> Ints:
+        """Networks (n, s) with one slot wider than in (s,): at its next allowed width of each kind of multiples."""
+        steps = {
+            (slot, int(allowed[place])): None
+            for multiples in self._multiples.values()
+            for slot, (allowed, width) in enumerate(zip(multiples, widths, strict=True))
+            if (place := int(np.searchsorted(allowed, width, side="right"))) < len(allowed)
+        }
+        slots, following = np.array(list(steps), dtype=np.int64).reshape(-1, 2).T
+        wider = widths[None].repeat(len(steps), axis=0)
+        wider[np.arange(len(steps)), slots] = following
+        return wider
 
 
 def _multiples(allowed: Ints, of: int) -> Ints:
