@@ -40,11 +40,11 @@ from latency_profiler.planning import plan_layers, refinement
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
+from service.store.measurements import SAMPLED
 from workers.budget import Budget
 
 Json = dict[str, Any]
 HELD, PICKED = 50, 30
-SAMPLED = 10
 DENSITIES: tuple[int | None, ...] = (6, 10, 16, None)
 
 

@@ -5,7 +5,7 @@ like a trainer: auxiliary heads are trained (if there are any), statistics are g
 of several, and what is left is fine-tuned. Between two stages a decision follows from the first: which channels go.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -70,12 +70,11 @@ class CollaborativePruner:
         self._data, self._budget, self._settings, self._seed, self._device = data, budget, settings, seed, device
         self._trained, self._network = network.channels, shrink(network, {}).to(device).eval()
         self._heads = Heads.spread(network, settings.auxiliaries, seed).to(device) if settings.auxiliaries else None
-        slots = prunable(network.space, settings.shortcuts)
-        self._widths = Widths(budget, network.channels, slots, settings.floor, settings.widths == "choices")
+        self._widths = allowed_widths(budget, network.channels, settings)
         self._images = data.sub_training.sample(0 if settings.ranking == "l1" else settings.images, seed)
         self._recalibration = data.sub_training.sample(settings.recalibration_images, seed)
         self._counts = None if settings.allocation == "global" else self._shared()
-        self._plan = plan(network.space, slots, settings)
+        self._plan = plan(network.space, self._widths.slots, settings)
         self._totals = [self._total(step) for step in self._plan]
         self.total = sum(self._totals)
         self.judged: list[Judgement] = []
@@ -231,6 +230,16 @@ class CollaborativePruner:
         now, before = space.layers(channels), space.layers(self._trained)
         costs = parameters(now), parameters(before), flops(now)
         self.judged.append(Judgement(len(self.judged), channels, *costs, score.accuracy, score.loss, note))
+
+
+def allowed_widths(budget: Budget, channels: Sequence[int], settings: CollaborativeSettings) -> Widths:
+    """The widths that a network of these channels may be pruned to.
+
+    Raises:
+        InvalidInput: none of them is within the budget.
+    """
+    slots = prunable(budget.space, settings.shortcuts)
+    return Widths(budget, channels, slots, settings.floor, settings.widths == "choices")
 
 
 class _Asked:

@@ -15,12 +15,11 @@ from workers.networks import PlainNetwork
 from workers.pruners import goals, sparse_storage
 from workers.pruners.allowance import Allowance
 from workers.pruners.basis_costs import basis_parameters, layer_costs
-from workers.pruners.collaborative import CollaborativePruner
-from workers.pruners.collaborative_settings import CollaborativeSettings, prunable
+from workers.pruners.collaborative import CollaborativePruner, allowed_widths
+from workers.pruners.collaborative_settings import CollaborativeSettings
 from workers.pruners.filter_bases import Bases
 from workers.pruners.interspace import InterspaceTrainer
 from workers.pruners.interspace_settings import InterspaceSettings
-from workers.pruners.keep_counts import Widths
 from workers.pruners.magnitude import MagnitudePruner
 from workers.pruners.schedule import MagnitudeSettings, Scan
 from workers.steps import trainers, turns
@@ -60,10 +59,7 @@ def check(context: Context, memory: Mapping[str, Any]) -> None:
             found = results.winner(session, spec.start)
             assert found is not None
             channels = tuple(structures.get(session, found.structure_id).channels)
-    asked = spec.collaborative
-    Widths(
-        context.budget_of(memory), channels, prunable(space, asked.shortcuts), asked.floor, asked.widths == "choices"
-    )
+    allowed_widths(context.budget_of(memory), channels, _collaborative_settings(context))
 
 
 def build(context: Context, job: Job, method: Method, kept: Mapping[str, Any]) -> Any:
@@ -141,18 +137,21 @@ def interspace(context: Context, job_id: str) -> InterspaceTrainer:
 
 
 def _collaborative(context: Context, job: Job) -> CollaborativePruner:
-    fields = context.spec.collaborative.model_dump()
     channels, state = _network(context, job.id, "collaborative")
     assert state is not None
     network = PlainNetwork(context.space, channels)
     network.load_state_dict(state)
+    return CollaborativePruner(
+        network, context.data, context.budget(job), _collaborative_settings(context), context.spec.seed, context.device
+    )  # fmt: skip
+
+
+def _collaborative_settings(context: Context) -> CollaborativeSettings:
+    fields = context.spec.collaborative.model_dump()
     ratios = fields.pop("ratios")
-    settings = CollaborativeSettings(
+    return CollaborativeSettings(
         fine_tuning=TrainingSettings.of(fields.pop("fine_tuning")), ratios=None if ratios is None else tuple(ratios),
         **fields,
-    )  # fmt: skip
-    return CollaborativePruner(
-        network, context.data, context.budget(job), settings, context.spec.seed, context.device
     )  # fmt: skip
 
 
