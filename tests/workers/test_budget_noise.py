@@ -33,8 +33,8 @@ SPACE = get_space("mobilenet_v1", 8, 0.25, 10, free_last=True)
 def test_a_shy_winner_is_searched_past_only_where_something_may_be_found(most: float, room: bool) -> None:
     """Where corrections have left nothing within the budget, the winner that holds it is what there is."""
 
-    def budget_of(memory: dict[str, Any]) -> Budget:
+    def search_budget(memory: dict[str, Any]) -> Budget:
         return Budget(SPACE, [Constraint(Metric.FLOPS, memory["most"])], {}, {}, least_share=0.95)
 
-    context = cast("Context", SimpleNamespace(spec=SimpleNamespace(seed=0), budget_of=budget_of))
+    context = cast("Context", SimpleNamespace(spec=SimpleNamespace(seed=0), search_budget=search_budget))
     assert _has_room(context, {"most": most}) is room

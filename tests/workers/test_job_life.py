@@ -10,7 +10,7 @@ import torch
 from sqlalchemy import select, update
 
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops
-from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
+from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, NothingFeasible
 from latency_profiler.layers import Layer
 from latency_profiler.spaces.registry import get_space
 from service.settings import get_settings
@@ -382,6 +382,44 @@ def test_soundings_that_are_off_by_no_one_share_correct_nothing(world: None) -> 
     job = run(submit(latency_bound(0.4)), Erratic())
     assert job.state is JobState.SUCCEEDED
     assert (len(job.memory["sounded"]), job.memory["corrections"]) == (12, {})
+
+
+class Partial(Bench):
+    """Of the networks that a search ends with, it runs the first, in the order asked, slower than others or not at all.
+
+    `checked` has the channels of all of them, in that order.
+    """
+
+    def __init__(self, slow: int = 0, failing: int = 0) -> None:
+        super().__init__()
+        self.slow, self.failing, self.checked = slow, failing, list[list[int]]()
+
+    def _outcome(self, work: Work) -> Outcome:
+        if work.kind is not WorkKind.NETWORK or not work.payload["purpose"].startswith("check"):
+            return super()._outcome(work)
+        self.checked.append([node["layer"]["c_out"] for node in work.payload["nodes"]])
+        if len(self.checked) <= self.failing:
+            return Outcome(work.id, work.kind, work.key, error="out of memory")
+        factor = 1.2 if len(self.checked) <= self.failing + self.slow else 1.0
+        return Outcome(work.id, work.kind, work.key, factor * self._value(work), values=[factor * self._value(work)])
+
+
+@pytest.mark.parametrize(("slow", "failing"), [(0, 0), (3, 0), (0, 3), (2, 2)])
+def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world: None, slow: int, failing: int) -> None:
+    bench = Partial(slow, failing)
+    job = run(submit(latency_bound(0.5), retraining={"top": 2}), bench)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert (len(bench.checked), job.result["rounds"]) == (8, 1)
+    asked = {tuple(channels): at for at, channels in enumerate(bench.checked)}
+    trained = [one["channels"] for one in (job.result["winner"], *job.result["runners_up"])]
+    found = [asked[tuple(layer.c_out for layer in SPACE.layers(channels))] for channels in trained]
+    assert found == [slow + failing, slow + failing + 1]
+
+
+def test_a_search_of_which_no_network_can_be_run_fails(world: None) -> None:
+    with pytest.raises(MeasurementFailed, match="out of memory"):
+        run(submit(latency_bound(0.5)), Partial(failing=8))
 
 
 def test_a_prediction_that_is_still_too_pessimistic_is_corrected_by_the_winner(world: None) -> None:

@@ -9,8 +9,9 @@ so the repetition gives the same result.
     sounded       channels of the networks that were measured before the search, to correct predictions under its budget
     margins       device → share that predictions keep from the budget: how far these networks lay from one another, or
                   the table's held-out error
-    noise         device → share by which two measurements of a network differ; the winner's first keeps it free
-    corrections   device → factor on its predictions: of the networks sounded, then of winners that broke the budget
+    noise         device → share by which two measurements of a network differ; a winner's first keeps it free, and so
+                  does the evolution instead of the margin where predictions are corrected
+    corrections   device → factor on its predictions: of the networks sounded, then of those that broke the budget
     round         how often a measurement has sent the job back to the search
     flops         multiply-adds of the uniform network at the budget
     net, reused   key of its PruningNet, and whether another job had trained it

@@ -138,8 +138,22 @@ class Context:
         Raises:
             InfeasibleConstraint: no structure satisfies it.
         """
-        held = [memory[name] for name in ("tables", "corrections", "margins")]
-        return self.keep("budget", held, lambda: self._budget(*held))
+        return self._kept_budget("budget", memory, memory["margins"])
+
+    def search_budget(self, memory: Mapping[str, Any]) -> Budget:
+        """The same for the evolution, whose best are measured before one of them is the winner.
+
+        Where prices are corrected, half of all networks take no longer than predicted: it keeps free only what the next
+        measurement may differ by.
+
+        Raises:
+            InfeasibleConstraint: no structure satisfies it.
+        """
+        return self._kept_budget("search budget", memory, search_margins(memory))
+
+    def _kept_budget(self, name: str, memory: Mapping[str, Any], margins: dict[str, float]) -> Budget:
+        held = [memory["tables"], memory["corrections"], margins]
+        return self.keep(name, held, lambda: self._budget(*held))
 
     def predict(self, job: Job, channels: Sequence[int]) -> dict[str, float]:
         """Corrected seconds of a network; nothing where a job only masks weights, which its tables say nothing of."""
@@ -186,6 +200,12 @@ class Context:
             return self.console.stopping or time.monotonic() > deadline
 
         return pause
+
+
+def search_margins(memory: Mapping[str, Any]) -> dict[str, float]:
+    """Latency → share that the evolution keeps free (`Context.search_budget`)."""
+    noise = {name: memory.get("noise", {}).get(name, 0.0) for name in memory["corrections"]}
+    return {**memory["margins"], **noise}
 
 
 def tightened(constraints: Sequence[Constraint], margins: Mapping[str, float]) -> list[Constraint]:

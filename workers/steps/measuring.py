@@ -1,16 +1,20 @@
 """Whole networks on real devices: asked for, waited for, and held against the budget."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
+from statistics import median
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import latency_name, split_latency
-from latency_profiler.errors import SecateursError
+from latency_profiler.errors import MeasurementFailed, SecateursError
 from service.store import devices, measurements
 from service.store.models import Job
 from workers.steps.context import Context
 
+Measured = tuple[Sequence[int], Mapping[str, float]]
+"""Channels of a network, and latency → seconds as far as devices have measured it."""
 ROUNDS = 5
 """How many searches a job may make, each with the corrections of the measurements before it."""
 SHY_ROUNDS = 2
@@ -61,6 +65,25 @@ def look(
     return found
 
 
+def tried(
+    session: Session, context: Context, purpose: str, networks: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, float]]:
+    """The same for all constrained latencies, without the networks that a device could not run.
+
+    Raises:
+        MeasurementFailed: there is no other network.
+    """
+    found = dict[str, dict[str, float]]()
+    for structure_id, channels in networks.items():
+        try:
+            found |= look(session, context, context.constrained, purpose, {structure_id: channels})
+        except MeasurementFailed as error:
+            failure = error
+    if networks and not found:
+        raise failure
+    return found
+
+
 def off(
     context: Context, measured: Mapping[str, float], least: float = 0.0, noise: Mapping[str, float] | None = None
 ) -> dict[str, float]:
@@ -78,22 +101,32 @@ def off(
     return broken or (allowed if shy else {})
 
 
-def corrected(
-    context: Context, job: Job, channels: Sequence[int], measured: Mapping[str, float], allowed: Mapping[str, float]
-) -> dict[str, Any]:
+def ratio(context: Context, job: Job, networks: Sequence[Measured], name: str) -> float:
+    """Median share of predictions that measurements of a latency are; infinite where there is none."""
+    budget = context.budget(job)
+    ratios = [seconds[name] / budget.predict(channels)[name] for channels, seconds in networks if name in seconds]
+    return median(ratios) if ratios else inf
+
+
+def corrected(context: Context, job: Job, networks: Sequence[Measured], allowed: Mapping[str, float]) -> dict[str, Any]:
     """The job's memory with the corrections that measurements ask for, for another round.
+
+    Args:
+        networks: best first; where some break what is allowed, they alone tell the correction.
 
     Raises:
         BudgetBroken: the rounds are used up.
     """
     memory = dict(job.memory)
-    predicted = context.budget(job).predict(channels)
     corrections, figures = dict(memory["corrections"]), list(memory.get("figures", []))
     for name, maximum in allowed.items():
-        corrections[name] = corrections.get(name, 1.0) * SAFETY * measured[name] / predicted[name]
+        known = [one for one in networks if name in one[1]]
+        known = [one for one in known if one[1][name] > maximum] or known
+        channels, measured = known[0]
+        corrections[name] = corrections.get(name, 1.0) * SAFETY * ratio(context, job, known, name)
         figures.append(
             {"device": name, "round": memory["round"], "max_ms": maximum * 1000,
-             "predicted_ms": predicted[name] * 1000, "measured_ms": measured[name] * 1000}
+             "predicted_ms": context.budget(job).predict(channels)[name] * 1000, "measured_ms": measured[name] * 1000}
         )  # fmt: skip
     if memory["round"] + 1 >= ROUNDS:
         raise BudgetBroken(figures)

@@ -5,7 +5,8 @@ A job never sees its tables change: what it searches with is stored as a file wh
 A table is calibrated on networks from all over a space. A search picks those of which the device is fast with every
 layer, and these are off by one share together: seen were prices 9 to 21 % above what was measured, and 2.5 % around
 that. So the devices measure some networks that a search under this budget begins with (`SOUNDED`). Their median is the
-correction that the search starts with, and how far they lie from it is its safety margin.
+correction that the search starts with, and how far they lie from it is the safety margin of methods that prune (the
+best of a search are measured, see `searching`).
 """
 
 import json
@@ -24,12 +25,13 @@ from service.methods import UNSTRUCTURED
 from service.store import blobs, devices, jobs, measurements, work
 from service.store.candidates import space_arguments
 from service.store.models import Job, JobState
+from service.store.results import METAPRUNING
 from service.store.session import transaction
 from workers.budget import Budget
 from workers.checkpoints import write_blob
 from workers.sampling import numpy_generator
 from workers.steps import measuring, methods
-from workers.steps.context import Context
+from workers.steps.context import Context, search_margins
 from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 
 DRAWN = 64
@@ -98,12 +100,10 @@ def _drawn(context: Context, job: Job, memory: dict[str, Any]) -> list[list[int]
 def _sound(context: Context, job: Job) -> Outcome:
     """Correct prices by what the drawn networks take, and go on."""
     memory = dict(job.memory)
-    networks = {context.space.digest(channels): channels for channels in memory["sounded"]}
-    found = dict[str, dict[str, float]]()
+    networks, found = {context.space.digest(channels): channels for channels in memory["sounded"]}, {}
     with transaction() as session:
-        for key, channels in networks.items():
-            with suppress(MeasurementFailed):  # the search can do without it
-                found |= measuring.look(session, context, context.constrained, f"sound-{job.id}", {key: channels})
+        with suppress(MeasurementFailed):  # the search can do without them
+            found = measuring.tried(session, context, f"sound-{job.id}", networks)
         verdicts = {name: _verdict(session, context, *split_latency(name)) for name in context.constrained}
         clock = jobs.clock(session)
         if not memory.get("since"):
@@ -133,7 +133,8 @@ def _go_on(
     """
     methods.check(context, memory)
     doubted = [name for name in context.constrained if verdicts[name].reason]
-    told = dict.fromkeys([*warnings, *(_doubt(name, verdicts[name], memory["margins"][name]) for name in doubted)])
+    margins = search_margins(memory) if METAPRUNING in context.spec.methods else memory["margins"]
+    told = dict.fromkeys([*warnings, *(_doubt(name, verdicts[name], margins[name]) for name in doubted)])
     new = [warning for warning in told if warning not in job.warnings]
     with transaction() as session:
         if sounded:
@@ -188,9 +189,10 @@ def _budget(context: Context, job: Job, memory: dict[str, Any]) -> tuple[Budget,
     """The job's budget; without margins, and with a warning, where they alone would make it infeasible."""
     job.memory = memory
     try:
+        context.search_budget(memory)
         return context.budget(job), []
     except InfeasibleConstraint:
-        memory["margins"] = dict.fromkeys(memory["margins"], 0.0)
+        memory["margins"] = memory["noise"] = dict.fromkeys(memory["margins"], 0.0)
         budget = context.budget(job)
         return budget, [
             "the budget is so near to the smallest structure that the table's error leaves no safety margin"

@@ -95,11 +95,9 @@ def step(context: Context, job: Job) -> Outcome:
     return MOVED
 
 
-def prune_on(
-    context: Context, job: Job, channels: tuple[int, ...], measured: dict[str, float], allowed: dict[str, float]
-) -> Outcome:
+def prune_on(context: Context, job: Job, networks: Sequence[measuring.Measured], allowed: dict[str, float]) -> Outcome:
     """Prune again, with the correction in the prediction."""
-    memory = measuring.corrected(context, job, channels, measured, allowed)
+    memory = measuring.corrected(context, job, networks, allowed)
     return turns.again(context, job, "collaborative", memory | {"told": 0})
 
 

@@ -1,6 +1,11 @@
-"""`searching`: one generation a step; then the winner is measured before anything is spent on retraining it."""
+"""`searching`: one generation a step; then the best are measured before anything is spent on retraining one of them.
 
-from collections.abc import Sequence
+Within milliseconds the winner is the best of the `SHORTLIST` that holds its budget when it is measured. So the search
+need not keep free what prices are off by, which half of all networks would not have needed, but only what the next
+measurement may differ by.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +29,10 @@ from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 LEAST_USED = 0.93
 """A winner whose first measurement is under this share of the prediction, and of the budget, shows that the prediction
 is too pessimistic; one that uses less of the budget but takes what was predicted is just what the search has found."""
-CHECK_SECONDS = 60.0
-"""How long the search waits for a first measurement of its winner; the one in `verifying` decides."""
+SHORTLIST = 8
+"""So many of the best structures are measured to find the winner; of a front, only its first."""
+CHECK_SECONDS = 120.0
+"""How long the search waits for that; the measurement in `verifying` decides."""
 
 
 def step(context: Context, job: Job) -> Outcome:
@@ -41,7 +48,7 @@ def step(context: Context, job: Job) -> Outcome:
 def _budget(context: Context, job: Job) -> Budget:
     """The job's budget; one that only corrections have made infeasible is one that measurements have broken."""
     try:
-        return context.budget(job)
+        return context.search_budget(job.memory)
     except InfeasibleConstraint as error:
         if figures := job.memory.get("figures"):
             raise measuring.BudgetBroken(figures) from error
@@ -102,39 +109,62 @@ def _rows(budget: Budget, proposals: list[Proposal], scores: list[Score]) -> lis
 
 
 def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
-    """To `retraining`, unless a first measurement says that the winner breaks its budget."""
-    best = search.winner()
-    if best is None:  # corrections have made all that was judged infeasible, and nothing else was found
+    """To `retraining` with the best structures that hold the budget when they are measured; back where none does."""
+    listed = _shortlist(context, search)
+    if not listed:  # corrections have made all that was judged infeasible, and nothing else was found
         raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
-    channels, memory = context.space.channels(best.proposal.encoding), dict(job.memory)
-    structure_id = context.space.digest(channels)
+    memory = dict(job.memory)
     with transaction() as session:
         purpose, clock = f"check-{job.id}-{memory['round']}", jobs.clock(session)
-        found = measuring.look(session, context, context.constrained, purpose, {structure_id: channels})
+        found = measuring.tried(session, context, purpose, listed)
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
-    measured = found[structure_id]
-    if len(measured) < len(context.constrained) and clock - memory["since"] < CHECK_SECONDS:
+    lacking = any(len(measured) < len(context.constrained) for measured in found.values())
+    if lacking and clock - memory["since"] < CHECK_SECONDS:
         return FOR_DEVICE
-    predicted = context.budget(job).predict(channels)
-    shy = all(seconds < LEAST_USED * predicted[name] for name, seconds in measured.items())
-    again = shy and memory["round"] < measuring.SHY_ROUNDS and _latency_binds(context, job, search)
-    if allowed := measuring.off(context, measured, noise=memory.get("noise", {})):
-        return search_on(context, job, channels, measured, allowed)
-    unused = measuring.off(context, measured, LEAST_USED) if again else {}
-    if unused and _has_room(context, measuring.corrected(context, job, channels, measured, unused)):
-        return search_on(context, job, channels, measured, unused)
-    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search)]
+    networks = [(listed[structure_id], measured) for structure_id, measured in found.items()]
+    broken = {one: measuring.off(context, found[one], noise=memory.get("noise", {})) for one in found}
+    if all(broken.values()):
+        over = {name: maximum for allowed in broken.values() for name, maximum in allowed.items()}
+        return search_on(context, job, networks, over)
+    winner = next(one for one in found if not broken[one])
+    if unused := _unused(context, job, search, networks, found[winner]):
+        return search_on(context, job, networks, unused)
+    refused = {one for one in listed if broken.get(one, True)}
+    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused)]
     with transaction() as session:
         jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
     return MOVED
 
 
+def _shortlist(context: Context, search: Evolution) -> dict[str, tuple[int, ...]]:
+    """Structure id → channels of the best, best first."""
+    best = search.top(1 if isinstance(search, Front) else SHORTLIST, _structure_id(context))
+    channels = [context.space.channels(one.proposal.encoding) for one in best]
+    return {context.space.digest(each): each for each in channels}
+
+
+def _structure_id(context: Context) -> Callable[[Sequence[int]], str]:
+    return lambda encoding: context.space.digest(context.space.channels(encoding))
+
+
+def _unused(
+    context: Context, job: Job, search: Evolution, networks: Sequence[measuring.Measured], winner: Mapping[str, float]
+) -> dict[str, float]:
+    """Latency → seconds that are allowed, where prices are so pessimistic that the winner leaves budget unused."""
+    if job.memory["round"] >= measuring.SHY_ROUNDS or not _latency_binds(context, job, search):
+        return {}
+    unused = measuring.off(context, winner, LEAST_USED)
+    if any(measuring.ratio(context, job, networks, name) >= LEAST_USED for name in winner):
+        return {}
+    return unused if unused and _has_room(context, measuring.corrected(context, job, networks, unused)) else {}
+
+
 def _has_room(context: Context, memory: dict[str, Any]) -> bool:
     """Whether some structure uses the budget with the corrections of this memory; else the winner is what there is."""
     try:
-        budget = context.budget_of(memory)
+        budget = context.search_budget(memory)
     except InfeasibleConstraint:
         return False
     return len(budget.sample(1, numpy_generator(context.spec.seed, "room"))) > 0
@@ -152,21 +182,19 @@ def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
     return bool(budget.tightness(np.array([best.proposal.encoding]), counts)[0] < LEAST_USED)
 
 
-def search_on(
-    context: Context, job: Job, channels: tuple[int, ...], measured: dict[str, float], allowed: dict[str, float]
-) -> Outcome:
+def search_on(context: Context, job: Job, networks: Sequence[measuring.Measured], allowed: dict[str, float]) -> Outcome:
     """Back to the search, for some generations more, with the correction in the prediction."""
     evolution = dict(job.memory["evolution"])
     more = max(2, evolution["settings"]["generations"] // 3)
     evolution |= {"generations": evolution["generation"] + more, "exhausted": False, "exhaustive": None}
-    memory = measuring.corrected(context, job, channels, measured, allowed)
+    memory = measuring.corrected(context, job, networks, allowed)
     return turns.again(context, job, METAPRUNING, memory | {"evolution": evolution})
 
 
-def _queue(context: Context, job: Job, search: Evolution) -> list[turns.Trial]:
-    """What to retrain: the best distinct structures, uniform networks at the same cost, and random ones."""
-    space = context.space
-    best = search.top(context.spec.retraining.top or 1, lambda encoding: space.digest(space.channels(encoding)))
+def _queue(context: Context, job: Job, search: Evolution, refused: Collection[str]) -> list[turns.Trial]:
+    """What to retrain: the best distinct structures that are not refused, uniform networks and random ones."""
+    space, key, count = context.space, _structure_id(context), context.spec.retraining.top or 1
+    best = [one for one in search.top(count + len(refused), key) if key(one.proposal.encoding) not in refused][:count]
     queue = []
     for rank, one in enumerate(best):
         encoding, proxy = one.proposal.encoding, one.score.accuracy
@@ -175,7 +203,7 @@ def _queue(context: Context, job: Job, search: Evolution) -> list[turns.Trial]:
             turns.trial(context, Role.WINNER, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy)
         )
     if context.spec.baselines:
-        for rank, uniform in enumerate(_uniforms(context.budget(job), search, best)):
+        for rank, uniform in enumerate(_uniforms(_budget(context, job), search, best)):
             queue.append(turns.trial(context, Role.UNIFORM, context.spec.method, uniform, rank=rank))
     for rank, encoding in enumerate(fidelity.draw(context, job)):
         channels = space.channels(encoding)

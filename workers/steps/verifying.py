@@ -35,7 +35,7 @@ def step(context: Context, job: Job) -> Outcome:
         measured = found.get(winner["structure_id"], {})
         if allowed := measuring.off(context, measured):
             look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
-            return look_on(context, job, tuple(winner["channels"]), measured, allowed)
+            return look_on(context, job, [(winner["channels"], measured)], allowed)
     constrained = [name for name in away if name in context.constrained]
     return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, away)
 
