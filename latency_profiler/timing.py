@@ -5,9 +5,9 @@ loop       runs that are timed together, so that one value lasts long enough (ab
 value      seconds per run, from one loop.
 single     a run of a loop that is timed by itself: percentiles are about single runs, whose differences a loop hides.
 warm-up    runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
-refill     runs before each loop that are not timed, for two milliseconds: others have used the caches since. With one
-           run, OpenVINO's networks took 1.2 to 1.7 times as long beside seven others as alone, and that varied by
-           15 %; with so many runs they take as long as alone to 2 %, and vary by 1 %.
+refill     runs before each loop that are not timed: others have used the caches since. With one run, OpenVINO's
+           networks took 1.2 to 1.7 times as long beside seven others as alone, and that varied by 15 %; with sixteen
+           they take as long as alone to 2 %, and vary by 2 %.
 disturbed  a value before or after which the machine was slower than it can be (`yardstick`): kept, marked, not counted.
 outlier    a counted value far from the others (Tukey's fences): kept and marked, since it says how a device disturbs.
 steady     the median's uncertainty (half a box plot's notch: 1.57 IQR / √values; McGill, Tukey and Larsen 1978) is a
@@ -34,9 +34,8 @@ FENCE = 1.5
 """Interquartile ranges beyond a quartile at which a value is an outlier (Tukey, Exploratory Data Analysis, 1977)."""
 MOST_LOOPS = 1 << 20
 REFILL = 2e-3
-"""Seconds of a refill."""
-LEAST_REFILL = 2
-"""Runs of a refill; a slow network's second run has seen its caches filled."""
+"""Seconds of a refill, for which `LEAST_REFILL` to `MOST_REFILL` runs are made."""
+LEAST_REFILL, MOST_REFILL = 2, 16
 QUIET_PATIENCE = 3.0
 """Seconds for which subjects that are measured together wait for quiet moments in all."""
 DIGITS = 9
@@ -162,7 +161,7 @@ class Series:
     disturbed: list[int] = field(default_factory=list)
     loops: int = 0
     warmup: int = 0
-    refill: int = LEAST_REFILL
+    refill: int = MOST_REFILL
     spent: float = 0.0
     failure: Exception | None = None
 
@@ -219,7 +218,8 @@ class Series:
             took = self.subject.seconds(loops)
         self.spent, self.warmup = self.spent + took, self.warmup + loops + 1
         self.loops = max(1, round(loops * min(1.0, self.effort.value / took))) if took > 0 else loops
-        self.refill = max(LEAST_REFILL, ceil(loops * REFILL / took)) if took > 0 else LEAST_REFILL
+        if took * MOST_REFILL > REFILL * loops:
+            self.refill = max(LEAST_REFILL, ceil(REFILL * loops / took))
 
     def _extend(self, pace: Pace | None, until: float) -> None:
         quiet = pace is None or pace.settle(until)

@@ -30,8 +30,6 @@ Cost = Callable[[Genes], Floats]
 MIDDLE = (CHOICES - 1) / 2
 ROUNDS = 50
 BISECTIONS = 12
-FILLS = 2
-"""How often `fill` looks for a gene that can be wider."""
 EVERY = np.arange(CHOICES)
 PROFILES = (0.7, 0.4, 0.3)
 """Largest share of the choices by which a linear, a quadratic and a sine profile move a gene."""
@@ -87,8 +85,9 @@ def fill(cost: Cost, low: float, high: float, encodings: Genes, rng: np.random.G
     encodings = _widened(cost, cost(encodings), encodings, rng)
     targets = np.where(cost(encodings) > high, rng.uniform(low, high, len(encodings)), high)
     encodings = _narrowed(cost, targets, encodings, rng)
-    for _ in range(FILLS if up else 0):
-        encodings = _widened(cost, rng.uniform(low, high, len(encodings)), encodings, rng)
+    if up:
+        for limits in (rng.uniform(low, high, len(encodings)), np.full(len(encodings), high)):
+            encodings = _widened(cost, limits, encodings, rng)
     return encodings
 
 

@@ -19,6 +19,7 @@ so the repetition gives the same result.
     queue         structures to retrain: role, rank, channels, encoding, proxy accuracy
     checkpoint    of the structure in training: digest and counters
     since         when it began to wait for a measurement
+    again         whether a broken budget is being measured for the second time
     fidelity      how the PruningNet's ranking agrees with training, once that is known
     figures       measurements that broke a budget
 """

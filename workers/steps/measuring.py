@@ -9,8 +9,9 @@ from sqlalchemy.orm import Session
 
 from latency_profiler.cost import latency_name, split_latency
 from latency_profiler.errors import MeasurementFailed, SecateursError
-from service.store import devices, measurements
+from service.store import devices, jobs, measurements
 from service.store.models import Job
+from service.store.session import transaction
 from workers.steps.context import Context
 
 Measured = tuple[Sequence[int], Mapping[str, float]]
@@ -65,10 +66,27 @@ def look(
     return found
 
 
+def purpose(job: Job, name: str) -> str:
+    """What the measurements of this round are for; they are made once more where `doubted`."""
+    return f"{name}{'-again' if job.memory.get('again') else ''}-{job.id}-{job.memory['round']}"
+
+
+def doubted(context: Context, job: Job) -> bool:
+    """Whether a broken budget shall be measured again before it is believed; once in a round.
+
+    A device that is slow for some seconds was seen to break budgets by two thirds.
+    """
+    if job.memory.get("again"):
+        return False
+    with transaction() as session:
+        jobs.save_step(session, context.claim, memory={**job.memory, "again": True, "since": None})
+    return True
+
+
 def tried(
     session: Session, context: Context, purpose: str, networks: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, float]]:
-    """The same for all constrained latencies, without the networks that a device could not run.
+    """The same as `look` for all constrained latencies, without the networks that a device could not run.
 
     Raises:
         MeasurementFailed: there is no other network.
@@ -131,5 +149,6 @@ def corrected(context: Context, job: Job, networks: Sequence[Measured], allowed:
     if memory["round"] + 1 >= ROUNDS:
         raise BudgetBroken(figures)
     return memory | {
-        "corrections": corrections, "figures": figures, "round": memory["round"] + 1, "since": None, "checkpoint": None
+        "corrections": corrections, "figures": figures, "round": memory["round"] + 1, "again": False, "since": None,
+        "checkpoint": None,
     }  # fmt: skip

@@ -115,8 +115,8 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
         raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
     memory = dict(job.memory)
     with transaction() as session:
-        purpose, clock = f"check-{job.id}-{memory['round']}", jobs.clock(session)
-        found = measuring.tried(session, context, purpose, listed)
+        clock = jobs.clock(session)
+        found = measuring.tried(session, context, measuring.purpose(job, "check"), listed)
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
@@ -126,6 +126,8 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     networks = [(listed[structure_id], measured) for structure_id, measured in found.items()]
     broken = {one: measuring.off(context, found[one], noise=memory.get("noise", {})) for one in found}
     if all(broken.values()):
+        if measuring.doubted(context, job):
+            return MOVED
         over = {name: maximum for allowed in broken.values() for name, maximum in allowed.items()}
         return search_on(context, job, networks, over)
     winner = next(one for one in found if not broken[one])

@@ -37,7 +37,7 @@ def hand_on(context: Context, job: Job, queue: Sequence[Trial]) -> dict[str, Any
     """Changes of a job's row now that its queue is this: the next method's turn, or everything is trained."""
     left = _left(context, queue)
     baselines = [] if left or not context.spec.baselines else _baselines(context, job, queue)
-    memory = {**job.memory, "queue": [*queue, *baselines], "since": None, "checkpoint": None}
+    memory = {**job.memory, "queue": [*queue, *baselines], "again": False, "since": None, "checkpoint": None}
     return {"state": JobState.TRAINING if left else JobState.RETRAINING, "memory": memory}
 
 

@@ -8,7 +8,7 @@ from service.store.models import Job, JobState, Role
 from service.store.session import transaction
 from workers.steps import fidelity, measuring, pruning
 from workers.steps.context import Context
-from workers.steps.outcome import ENDED, FOR_DEVICE, Outcome
+from workers.steps.outcome import ENDED, FOR_DEVICE, MOVED, Outcome
 from workers.steps.searching import search_on
 
 GUEST_SECONDS = 60.0
@@ -16,12 +16,12 @@ GUEST_SECONDS = 60.0
 
 
 def step(context: Context, job: Job) -> Outcome:
-    """Ask, wait, decide."""
+    """Ask, wait, decide; a budget that the first measurement breaks, the second must hold with room for its noise."""
     memory = dict(job.memory)
     networks = {trial["structure_id"]: trial["channels"] for trial in memory["queue"]}
     with transaction() as session:
         clock = jobs.clock(session)
-        found = measuring.look(session, context, context.latencies, f"verify-{job.id}-{memory['round']}", networks)
+        found = measuring.look(session, context, context.latencies, measuring.purpose(job, "verify"), networks)
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
@@ -33,7 +33,9 @@ def step(context: Context, job: Job) -> Outcome:
     winners = [trial for trial in memory["queue"] if trial["role"] == Role.WINNER]
     for winner in winners if context.spec.objective == "front" else [one for one in winners if not one["rank"]]:
         measured = found.get(winner["structure_id"], {})
-        if allowed := measuring.off(context, measured):
+        if allowed := measuring.off(context, measured, noise=memory.get("noise", {}) if memory.get("again") else {}):
+            if measuring.doubted(context, job):
+                return MOVED
             look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
             return look_on(context, job, [(winner["channels"], measured)], allowed)
     constrained = [name for name in away if name in context.constrained]
