@@ -8,7 +8,7 @@ import pytest
 from latency_profiler.cost import Constraint, Metric
 from latency_profiler.spaces.registry import get_space
 from workers.budget import Budget
-from workers.steps.context import Context
+from workers.steps.context import Context, search_margins
 from workers.steps.measuring import off
 from workers.steps.searching import _has_room
 
@@ -38,3 +38,8 @@ def test_a_shy_winner_is_searched_past_only_where_something_may_be_found(most: f
 
     context = cast("Context", SimpleNamespace(spec=SimpleNamespace(seed=0), search_budget=search_budget))
     assert _has_room(context, {"most": most}) is room
+
+
+def test_a_search_keeps_free_of_a_sounded_latency_only_what_measurements_differ_by() -> None:
+    memory = {"margins": {"a": 0.08, "b": 0.05}, "noise": {"a": 0.02, "b": 0.01}, "corrections": {"a": 0.97}}
+    assert search_margins(memory) == {"a": 0.02, "b": 0.05}
