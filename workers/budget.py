@@ -158,11 +158,8 @@ class Budget:
 
     def predict(self, channels: Sequence[int], latencies: Container[str | None] | None = None) -> dict[str, float]:
         """Corrected seconds of any channels, also off the grid, for every latency that has a table, or some of them."""
-        return {
-            latency: table.price(self.space, channels).seconds * self.corrections.get(latency, 1.0)
-            for latency, table in self.tables.items()
-            if latencies is None or latency in latencies
-        }
+        wanted = {name: table for name, table in self.tables.items() if latencies is None or name in latencies}
+        return predict(self.space, wanted, self.corrections, channels)
 
     def uniform(self, of: float = 1.0) -> tuple[int, ...]:
         """The largest uniform network within so much of the upper bounds: one share of every base width, also the last.
@@ -208,6 +205,13 @@ class Budget:
             if constraint.maximum < smallest or constraint.minimum > largest:
                 asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum
                 raise InfeasibleConstraint(constraint.metric, asked, smallest, largest, constraint.latency)
+
+
+def predict(
+    space: Space, tables: Mapping[str, LatencyTable], corrections: Mapping[str, float], channels: Sequence[int]
+) -> dict[str, float]:
+    """Corrected seconds of any channels for every table; no budget need be feasible for that."""
+    return {name: table.price(space, channels).seconds * corrections.get(name, 1.0) for name, table in tables.items()}
 
 
 def _tightest(costs: Costs, constraints: Sequence[Constraint]) -> Floats:

@@ -37,7 +37,7 @@ from service.store.session import transaction
 from workers.budget import Budget
 from workers.steps.advance import advance
 from workers.steps.context import Context
-from workers.steps.measuring import BudgetBroken
+from workers.steps.measuring import BudgetBroken, corrected
 
 SPACE = get_space("mobilenet_v1", 8, 0.1, 10, free_last=True)
 FULL = flops(SPACE.layers(SPACE.channels(SPACE.largest)))
@@ -435,6 +435,43 @@ def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world:
     trained = [one["channels"] for one in (job.result["winner"], *job.result["runners_up"])]
     found = [asked[tuple(layer.c_out for layer in SPACE.layers(channels))] for channels in trained]
     assert found == [slow + failing, slow + failing + 1]
+
+
+class Mixed(Bench):
+    """Of the networks that the first search ends with, the third takes longer than allowed, the others much less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked = 0
+
+    def _value(self, work: Work) -> float:
+        purpose = work.payload.get("purpose", "")
+        if not purpose.startswith(("check", "verify")):
+            return super()._value(work)
+        self.checked += purpose.startswith("check")
+        return super()._value(work) * (1.3 if self.checked in (5, 6) and purpose.startswith("check") else 0.7)
+
+
+def test_one_slow_network_makes_no_price_rise_where_the_others_are_fast(world: None) -> None:
+    job = run(submit(latency_bound(0.4)), Mixed())
+    assert job.state is JobState.SUCCEEDED
+    assert job.memory["corrections"]["bench"] == pytest.approx(0.7, rel=0.1)
+
+
+@pytest.mark.parametrize(("share", "correction"), [(0.98, 1.005), (1.2, 1.2 * 1.005)])
+def test_a_budget_that_its_noise_breaks_lowers_no_price(world: None, share: float, correction: float) -> None:
+    """A prediction of just what is allowed, and measurements of so much of it."""
+    bench, job_id = Bench(), submit(latency_bound(0.5))
+    context = Context(take(job_id), get_settings(), Console())
+    while read(job_id).state is not JobState.SEARCHING:
+        if advance(context, read(job_id)).wait is not None:
+            bench.measure()
+    job = read(job_id)
+    job.memory = {**job.memory, "corrections": {"bench": 1.0}, "noise": {"bench": 0.05}, "margins": {"bench": 9.0}}
+    channels = SPACE.channels(SPACE.largest)
+    allowed = {"bench": context.predict(job, channels)["bench"]}
+    networks = [(channels, {"bench": share * allowed["bench"]})]
+    assert corrected(context, job, networks, allowed)["corrections"]["bench"] == pytest.approx(correction)
 
 
 def test_a_search_of_which_no_network_can_be_run_fails(world: None) -> None:

@@ -27,7 +27,7 @@ from service.store.jobs import Claim
 from service.store.models import Dataset, Job
 from service.store.session import transaction
 from workers import checkpoints
-from workers.budget import Budget
+from workers.budget import Budget, predict
 from workers.datasets import Data, prepare
 from workers.parallel import ALONE, Team
 from workers.placement import choose
@@ -157,14 +157,23 @@ class Context:
 
     def predict(self, job: Job, channels: Sequence[int]) -> dict[str, float]:
         """Corrected seconds of a network; nothing where a job only masks weights, which its tables say nothing of."""
-        return {} if UNSTRUCTURED.issuperset(self.spec.methods) else self.budget(job).predict(channels)
+        if UNSTRUCTURED.issuperset(self.spec.methods):
+            return {}
+        return predict(self.space, self._tables(job.memory["tables"]), job.memory["corrections"], channels)
+
+    def _tables(self, tables: dict[str, str]) -> dict[str, LatencyTable]:
+        """The pinned tables, which both budgets and predictions are from."""
+        return self.keep("tables", tables, lambda: {name: load_table(sha256) for name, sha256 in tables.items()})
 
     def _budget(self, tables: dict[str, str], corrections: dict[str, float], margins: dict[str, float]) -> Budget:
-        loaded = {name: load_table(sha256) for name, sha256 in tables.items()}
-        bounds = tightened(self.constraints, margins)
-        search = self.spec.search
+        bounds, search = tightened(self.constraints, margins), self.spec.search
         return Budget(
-            self.space, bounds, loaded, corrections, search.least_budget_share or 0.0, fills=bool(search.repair)
+            self.space,
+            bounds,
+            self._tables(tables),
+            corrections,
+            search.least_budget_share or 0.0,
+            fills=bool(search.repair),
         )
 
     def keep(self, name: str, key: Any, make: Callable[[], T]) -> T:

@@ -29,7 +29,7 @@ RECALIBRATION = 1000
 
 def draw(context: Context, job: Job) -> list[tuple[int, ...]]:
     """Encodings of the distinct random structures that are asked for, or of all that were found if those are fewer."""
-    wanted, space, budget = context.spec.fidelity.structures, context.space, context.budget(job)
+    wanted, space, budget = context.spec.fidelity.structures, context.space, context.search_budget(job.memory)
     if not wanted or "fidelity" in job.memory:
         return []
     random, found = numpy_generator(context.spec.seed, "fidelity"), dict[str, tuple[int, ...]]()

@@ -121,16 +121,20 @@ def off(
 
 def ratio(context: Context, job: Job, networks: Sequence[Measured], name: str) -> float:
     """Median share of predictions that measurements of a latency are; infinite where there is none."""
-    budget = context.budget(job)
-    ratios = [seconds[name] / budget.predict(channels)[name] for channels, seconds in networks if name in seconds]
+    ratios = [seconds[name] / context.predict(job, channels)[name] for channels, seconds in networks if name in seconds]
     return median(ratios) if ratios else inf
 
 
-def corrected(context: Context, job: Job, networks: Sequence[Measured], allowed: Mapping[str, float]) -> dict[str, Any]:
+def corrected(
+    context: Context, job: Job, networks: Sequence[Measured], allowed: Mapping[str, float], *, shy: bool = False
+) -> dict[str, Any]:
     """The job's memory with the corrections that measurements ask for, for another round.
 
     Args:
-        networks: best first; where some break what is allowed, they alone tell the correction.
+        networks: best first.
+        allowed: latency → seconds, of the latencies to correct.
+        shy: whether prices are too high, as all networks together tell. Else they are too low, as those networks tell
+            that break what is allowed with their noise; then no price falls.
 
     Raises:
         BudgetBroken: the rounds are used up.
@@ -138,13 +142,14 @@ def corrected(context: Context, job: Job, networks: Sequence[Measured], allowed:
     memory = dict(job.memory)
     corrections, figures = dict(memory["corrections"]), list(memory.get("figures", []))
     for name, maximum in allowed.items():
-        known = [one for one in networks if name in one[1]]
-        known = [one for one in known if one[1][name] > maximum] or known
+        most = maximum / (1 + memory.get("noise", {}).get(name, 0.0))
+        known = [one for one in networks if name in one[1] and (shy or one[1][name] > most)]
         channels, measured = known[0]
-        corrections[name] = corrections.get(name, 1.0) * SAFETY * ratio(context, job, known, name)
+        growth = ratio(context, job, known, name)
+        corrections[name] = corrections.get(name, 1.0) * SAFETY * (growth if shy else max(1.0, growth))
         figures.append(
             {"device": name, "round": memory["round"], "max_ms": maximum * 1000,
-             "predicted_ms": context.budget(job).predict(channels)[name] * 1000, "measured_ms": measured[name] * 1000}
+             "predicted_ms": context.predict(job, channels)[name] * 1000, "measured_ms": measured[name] * 1000}
         )  # fmt: skip
     if memory["round"] + 1 >= ROUNDS:
         raise BudgetBroken(figures)

@@ -132,7 +132,7 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
         return search_on(context, job, networks, over)
     winner = next(one for one in found if not broken[one])
     if unused := _unused(context, job, search, networks, found[winner]):
-        return search_on(context, job, networks, unused)
+        return search_on(context, job, networks, unused, shy=True)
     refused = {one for one in listed if broken.get(one, True)}
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused)]
     with transaction() as session:
@@ -160,7 +160,8 @@ def _unused(
     unused = measuring.off(context, winner, LEAST_USED)
     if any(measuring.ratio(context, job, networks, name) >= LEAST_USED for name in winner):
         return {}
-    return unused if unused and _has_room(context, measuring.corrected(context, job, networks, unused)) else {}
+    room = unused and _has_room(context, measuring.corrected(context, job, networks, unused, shy=True))
+    return unused if room else {}
 
 
 def _has_room(context: Context, memory: dict[str, Any]) -> bool:
@@ -174,7 +175,7 @@ def _has_room(context: Context, memory: dict[str, Any]) -> bool:
 
 def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
     """Whether latency is what keeps the winner from growing, and not its FLOPs or parameters."""
-    best, budget = search.winner(), context.budget(job)
+    best, budget = search.winner(), _budget(context, job)
     assert best is not None
     counts = [bound for bound in context.constraints if bound.metric is not Metric.LATENCY]
     if isinstance(search, Front):
@@ -184,12 +185,14 @@ def _latency_binds(context: Context, job: Job, search: Evolution) -> bool:
     return bool(budget.tightness(np.array([best.proposal.encoding]), counts)[0] < LEAST_USED)
 
 
-def search_on(context: Context, job: Job, networks: Sequence[measuring.Measured], allowed: dict[str, float]) -> Outcome:
+def search_on(
+    context: Context, job: Job, networks: Sequence[measuring.Measured], allowed: dict[str, float], *, shy: bool = False
+) -> Outcome:
     """Back to the search, for some generations more, with the correction in the prediction."""
     evolution = dict(job.memory["evolution"])
     more = max(2, evolution["settings"]["generations"] // 3)
     evolution |= {"generations": evolution["generation"] + more, "exhausted": False, "exhaustive": None}
-    memory = measuring.corrected(context, job, networks, allowed)
+    memory = measuring.corrected(context, job, networks, allowed, shy=shy)
     return turns.again(context, job, METAPRUNING, memory | {"evolution": evolution})
 
 
