@@ -95,6 +95,10 @@ class RetrainingSpec(ScratchSpec):
     """Training from scratch; `top` structures of the search are trained, of a front evenly spread over its cost."""
 
     top: Annotated[int, Field(ge=1, le=10)] | None = None
+    finalists: Annotated[int, Field(ge=1, le=50)] | None = None
+    """So many of the search's best are trained for `trial_epochs` on the part of the training set that the PruningNet
+    saw; the `top` of them on the other part are the winners. No more than `top`: none, as for fronts."""
+    trial_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
 class FidelitySpec(Model):
@@ -159,6 +163,8 @@ class JobRequest(Model):
             raise ValueError("a front is searched against one cost; give one constraint")
         if self.objective == "front" and self.search.least_budget_share:
             raise ValueError("a front has no least_budget_share; give its constraint a lower bound")
+        if self.objective == "front" and (self.retraining.finalists or 1) > 1:
+            raise ValueError("a front has no finalists: all its members are retrained")
         return self
 
     @model_validator(mode="after")
@@ -204,7 +210,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {
         "training": {"epochs": 12, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY, **PLAIN},
         "search": {"generations": 6, "population": 40, "parents": 10, "recalibration_images": 1000},
-        "retraining": {"epochs": 8, "batch_size": 64, "top": 1, **FAST, **CLIPPED, **PLAIN},
+        "retraining": {
+            "epochs": 8, "batch_size": 64, "top": 1, "finalists": 8, "trial_epochs": 3, **FAST, **CLIPPED, **PLAIN,
+        },
     },
     "paper": {
         "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "validation_images": 50_000, **SGD},
@@ -241,8 +249,10 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
             preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort] if request.objective == "best" else 0.0
             preset |= {"repair": not paper, "screening": 1 if paper else 4}
             preset["classifier_images"] = CLASSIFIER_IMAGES[request.effort]
+        if part == "retraining":
+            preset = {"finalists": 1, "trial_epochs": 1} | preset
         if part == "retraining" and request.objective == "front":
-            preset["top"] = MEMBERS
+            preset |= {"top": MEMBERS, "finalists": 1}
         if paper:
             preset |= PUBLISHED.get(request.space, {}).get(part, {})
         given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}

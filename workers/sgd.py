@@ -114,24 +114,27 @@ class CroppedSGD:
         self.weight, self.bias = torch.cat([still.weight] * 2, -1), torch.stack([still.bias] * 2, -1)
         self._enter(whole, still, modes)
 
-    def begin(self, c_out: int, c_in: int, modes: Modes, step: int) -> Crop:
-        """A leading block after `step` steps, for hidden units that are `fed`; its bias gathers gradients."""
-        bias = self.bias[:c_out, :c_in] @ self.bias.new_tensor(modes.units(step))
-        return Crop(self.weight[:c_out, :c_in], bias.requires_grad_())
+    def begin(self, c_out: int, c_in: int, units: Tensor) -> Crop:
+        """A leading block, for hidden units that are `fed`, with modes of these units (2,); its bias gathers gradients.
 
-    def end(self, crop: Crop, hidden: Tensor, modes: Modes, step: int) -> None:
-        """Take the `step`-th step: by the gradient that the bias of the block from `begin` has gathered.
+        What a step multiplies by is a tensor, which is brought to a GPU once for all blocks.
+        """
+        return Crop(self.weight[:c_out, :c_in], (self.bias[:c_out, :c_in] @ units).requires_grad_())
+
+    def end(self, crop: Crop, hidden: Tensor, by: Tensor, renewed: float | None) -> None:
+        """Take a step: by the gradient that the bias of the block from `begin` has gathered.
 
         Args:
             hidden: the hidden units (H,) that the block was multiplied with.
+            by: what `Modes.steps` gives, as a tensor (2,).
+            renewed: what `Modes.renewal` gives.
         """
         gradient = crop.bias.grad
         assert gradient is not None
-        by = modes.steps(step)
         crop.weight.addcmul_(gradient[..., None], fed(hidden, by))
         c_out, c_in = gradient.shape[:2]
-        self.bias[:c_out, :c_in].addcmul_(gradient[..., None], gradient.new_tensor(by))
-        if (renewed := modes.renewal(step)) is not None:
+        self.bias[:c_out, :c_in].addcmul_(gradient[..., None], by)
+        if renewed is not None:
             for part in (self.weight, self.bias):
                 part.tensor_split(2, -1)[1].mul_(renewed)
 
@@ -175,6 +178,6 @@ class CroppedSGD:
             torch.sub(w, slow, out=fast)
 
 
-def fed(hidden: Tensor, factors: tuple[float, float]) -> Tensor:
-    """Hidden units (H,) for both modes (2H,), each times its factor."""
-    return torch.cat([hidden * factors[0], hidden * factors[1]])
+def fed(hidden: Tensor, factors: Tensor) -> Tensor:
+    """Hidden units (H,) for both modes (2H,), each times its one of the factors (2,)."""
+    return (factors[:, None] * hidden).flatten()

@@ -25,8 +25,9 @@ from workers.datasets import Batches, Data
 from workers.evolution import DIVERGED
 from workers.networks import PlainNetwork
 from workers.parallel import ALONE, Team
-from workers.placement import precision
+from workers.placement import place, precision
 from workers.pruning_net import SHARED, PruningNet
+from workers.replay import Replay
 from workers.sampling import Genes, numpy_generator, sample
 from workers.sgd import CroppedSGD, Modes, Momentum, Rule, fed
 
@@ -218,6 +219,9 @@ class ScratchTrainer(Trainer):
             self.network.load_state_dict(start)
         team.share([*self.network.convs.parameters(), *self.network.linears.parameters()])
         self._sgd = Momentum(*self.network.decayed())
+        self._step: Callable[..., None] = (
+            Replay(self._work, device) if device.type == "cuda" and team.size == 1 else self._work
+        )
 
     def state(self) -> dict[str, Tensor]:
         """The network, its momentum and the running sums."""
@@ -225,6 +229,9 @@ class ScratchTrainer(Trainer):
         return {f"net.{k}": v for k, v in self.network.state_dict().items()} | momentum | {"sums": self._sums}
 
     def _update(self, images: Tensor, labels: Tensor, rate: float, step: int) -> None:
+        self._step(rate, images, labels)
+
+    def _work(self, rate: float, images: Tensor, labels: Tensor) -> None:
         with self._autocast(), self._team.synchronised():
             logits = self.network(images)
         self._loss(logits, labels).backward()  # type: ignore[no-untyped-call]
@@ -284,23 +291,23 @@ class PruningNetTrainer(Trainer):
 
     def _update(self, images: Tensor, labels: Tensor, rate: float, step: int) -> None:
         encoding, modes = self._structures.at(self.done), self._modes(rate)
+        units, by = place(torch.tensor([modes.units(step), modes.steps(step)]), self.device)
         crops = {
-            name: self._blocks[name].begin(crop.bias.shape[0], crop.bias.shape[1], modes, step)
+            name: self._blocks[name].begin(crop.bias.shape[0], crop.bias.shape[1], units)
             for name, crop in self.network.crops(encoding).items()
         }
+        hidden = self.network.hidden(encoding)
+        weights = self.network.generate(encoding, crops, {name: fed(one, units) for name, one in hidden.items()})
+        self._team.share(weights.values())
         with self._autocast(), self._team.synchronised():
-            hidden = self.network.hidden(encoding)
-            units = {name: fed(one, modes.units(step)) for name, one in hidden.items()}
-            weights = self.network.generate(encoding, crops, units)
-            self._team.share(weights.values())
             logits = self.network(images, encoding, weights)
         self._loss(logits, labels).backward()  # type: ignore[no-untyped-call]
         # A bias's gradient g stands for the one of its block's weight too, which is g times each hidden unit.
-        norms = torch.stack(torch._foreach_norm([hidden[name].detach().float() for name in crops]))
+        norms = torch.stack(torch._foreach_norm([hidden[name].detach() for name in crops]))
         self._clip([*self._sgd.parameters, *(crop.bias for crop in crops.values())], (1 + norms.square()).sqrt())
         with torch.no_grad():
             for name, crop in crops.items():
-                self._blocks[name].end(crop, hidden[name].detach(), modes, step)
+                self._blocks[name].end(crop, hidden[name].detach(), by, modes.renewal(step))
         self._sgd.step(self._rule(rate))
 
     def _end_epoch(self, rate: float) -> None:

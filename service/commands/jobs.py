@@ -52,6 +52,7 @@ def submit(
     generations: Number = None,
     population: Number = None,
     retraining_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs from scratch.")] = None,
+    finalists: Annotated[int | None, typer.Option(help="Train so many of the best a little to choose one.")] = None,
     fidelity: Annotated[int | None, typer.Option(help="Train so many random structures to judge the proxy.")] = None,
     objective: Annotated[str | None, typer.Option(help="best, or front: the best at every cost.")] = None,
     strategy: Annotated[str | None, typer.Option(help="evolution, or random to compare with.")] = None,
@@ -80,7 +81,7 @@ def submit(
     for part, options in (
         ("training", given(epochs=epochs)),
         ("search", given(strategy=strategy, generations=generations, population=population)),
-        ("retraining", given(epochs=retraining_epochs)),
+        ("retraining", given(epochs=retraining_epochs, finalists=finalists)),
         ("fidelity", given(structures=fidelity)),
     ):
         if options:

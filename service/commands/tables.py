@@ -1,7 +1,7 @@
 """How the command line shows what the service answers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -139,6 +139,8 @@ def show_result(console: Console, result: Row) -> None:
     show_channels(console, roles)
     if generations := result.get("generations"):
         show_generations(console, generations)
+    if finalists := result.get("finalists"):
+        show_finalists(console, finalists, {one["structure_id"] for _, one in roles})
     if fidelity := result.get("fidelity"):
         show_fidelity(console, fidelity["variants"])
 
@@ -160,6 +162,15 @@ def show_generations(console: Console, generations: Sequence[Row]) -> None:
     show(console, [name.replace("_", " ") for name in shown], rows)
     if generations[0]["exhaustive"]:
         console.print("every structure within the budget was judged")
+
+
+def show_finalists(console: Console, finalists: Sequence[Row], winners: Container[str]) -> None:
+    """What short trainings said of the search's best, in its order."""
+    said = [
+        f"{percent(one['accuracy'])}{' (chosen)' if one['structure_id'] in winners else ''}"
+        for one in finalists
+    ]  # fmt: skip
+    console.print(f"finalists after their trials, the proxy's best first: {', '.join(said)}", soft_wrap=True)
 
 
 def show_fidelity(console: Console, variants: Sequence[Row]) -> None:

@@ -107,6 +107,8 @@ class Role(StrEnum):
     UNIFORM = "uniform"
     FIDELITY = "fidelity"
     """A random structure of the budget, to see whether the PruningNet ranks structures as training does."""
+    FINALIST = "finalist"
+    """One of a search's best, before short trainings have chosen the winner among them; it leaves no result."""
     DENSE = "dense"
     """The network that a pruning method began with, before anything was pruned."""
 

@@ -35,9 +35,11 @@ from service.store.models import (
 )  # fmt: skip
 from service.store.session import transaction
 from workers.budget import Budget
+from workers.datasets import Data
 from workers.steps.advance import advance
 from workers.steps.context import Context
 from workers.steps.measuring import BudgetBroken, corrected
+from workers.training import ScratchTrainer
 
 SPACE = get_space("mobilenet_v1", 8, 0.1, 10, free_last=True)
 FULL = flops(SPACE.layers(SPACE.channels(SPACE.largest)))
@@ -437,6 +439,48 @@ def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world:
     assert found == [slow + failing, slow + failing + 1]
 
 
+def test_the_winner_is_the_finalist_that_a_short_training_finds_best(world: None) -> None:
+    job = run(submit(flops_bound(0.4), retraining={"finalists": 4, "trial_epochs": 2}))
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    finalists = {one["structure_id"]: one for one in job.result["finalists"]}
+    losses = {one: scores["loss"] for one, scores in finalists.items()}
+    assert len(set(losses.values())) == 4
+    winner = job.result["winner"]
+    assert winner["structure_id"] == min(losses, key=losses.__getitem__)
+    assert winner["proxy_accuracy"] == finalists[winner["structure_id"]]["proxy_accuracy"]
+    best = sorted(candidates(job.id), key=lambda row: row[5])
+    assert {one["proxy_accuracy"] for one in finalists.values()} == {row[4] for row in best[:4]}
+    with transaction() as session:
+        told = [e.data for e in jobs.events_after(session, job.id, 0, 10_000) if e.kind == "finalist"]
+        trained = [(row.structure_id, row.role) for row in results.of_job(session, job.id)]
+    assert told == job.result["finalists"]
+    assert trained == [(winner["structure_id"], "winner"), (job.result["uniform"]["structure_id"], "uniform")]
+
+
+def test_finalists_see_nothing_of_the_images_that_judge_them(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Trainer(ScratchTrainer):
+        def __init__(self, space: Any, channels: Any, data: Data, settings: Any, *rest: Any) -> None:
+            super().__init__(space, channels, data, settings, *rest)
+            seen.append((len(data.training), settings.epochs))
+
+    monkeypatch.setattr("workers.steps.trainers.ScratchTrainer", Trainer)
+    run(submit(flops_bound(0.4), retraining={"finalists": 2, "trial_epochs": 3, "epochs": 2}))
+    assert seen == [(1438 - 200, 3), (1438 - 200, 3), (1438, 2), (1438, 2)]
+
+
+def test_finalists_are_networks_that_have_held_the_budget(world: None) -> None:
+    bench = Partial(slow=2, failing=3)
+    job = run(submit(latency_bound(0.5), retraining={"finalists": 8, "trial_epochs": 1}), bench)
+    assert job.result is not None
+    with transaction() as session:
+        tried = [session.get_one(Structure, one["structure_id"]).channels for one in job.result["finalists"]]
+    asked = [[layer.c_out for layer in SPACE.layers(tuple(channels))] for channels in tried]
+    assert asked == bench.checked[5:8]
+
+
 class Mixed(Bench):
     """Of the networks that the first search ends with, the third takes longer than allowed, the others much less."""
 
@@ -597,7 +641,7 @@ def fate(job: Job) -> str:
     with transaction() as session:
         found = [(row.structure_id, row.role, row.test_accuracy, row.test_loss, row.weights, row.model)
                  for row in results.of_job(session, job.id)]  # fmt: skip
-    return json.dumps([candidates(job.id), found], default=str)
+    return json.dumps([candidates(job.id), found, job.result and job.result["finalists"]], default=str)
 
 
 def forget() -> None:
@@ -607,12 +651,13 @@ def forget() -> None:
         session.execute(update(Result).values(recipe=None))
 
 
-@pytest.mark.parametrize("objective", ["best", "front"])
+@pytest.mark.parametrize(("objective", "finalists"), [("best", 1), ("best", 3), ("front", 1)])
 def test_killed_anywhere_a_job_ends_the_same_bit_for_bit(
-    world: None, monkeypatch: pytest.MonkeyPatch, objective: str
+    world: None, monkeypatch: pytest.MonkeyPatch, objective: str, finalists: int
 ) -> None:
     monkeypatch.setattr("workers.steps.trainers.SLICE", 0.05)  # several checkpoints although the job is short
     short: dict[str, Any] = {"search": {"generations": 2, "population": 4}, "objective": objective}
+    short["retraining"] = {"finalists": finalists}
     undisturbed = fate(run(submit(flops_bound(0.4), **short)))
     forget()
 

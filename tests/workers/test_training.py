@@ -130,12 +130,13 @@ def test_cropped_sgd_equals_plain_sgd(hidden: int | None, momentum: float) -> No
         reference.param_groups[0]["lr"] = rate
         for step in range(steps):
             c_out, c_in = torch.randint(1, 8, (2,)).tolist()
-            crop = ours.begin(c_out, c_in, modes, step)
+            now, by = torch.tensor([modes.units(step), modes.steps(step)], dtype=torch.float64)
+            crop = ours.begin(c_out, c_in, now)
             crop.bias.grad, units = torch.randn_like(crop.bias), torch.randn(whole.weight.shape[-1]).double()
-            written = crop.weight @ fed(units, modes.units(step)) + crop.bias
+            written = crop.weight @ fed(units, now) + crop.bias
             plain = weight[:c_out, :c_in] if hidden == SHARED else weight[:c_out, :c_in] @ units + crop.bias
             assert torch.allclose(written, plain, atol=1e-9)
-            ours.end(crop, units, modes, step)
+            ours.end(crop, units, by, modes.renewal(step))
             weight.grad = torch.zeros_like(weight)
             weight.grad[:c_out, :c_in] = crop.bias.grad if hidden == SHARED else crop.bias.grad[..., None] * units
             reference.step()

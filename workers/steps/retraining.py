@@ -1,8 +1,12 @@
 """`retraining`: winners and the uniform network from scratch on the whole training set, then tested once.
 
+Where there are finalists, they come first: each is trained for a few epochs on the sub-training set, and those that are
+best on the sub-validation set are the winners. A PruningNet ranks structures that far from apart not as training does.
+
 A training that was done before, by any job, on the same machine with the same code, is not done again.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -12,7 +16,7 @@ from service.store import blobs, jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
 from workers import checkpoints
-from workers.evaluation import test
+from workers.evaluation import BATCH, evaluate, kept, recalibrate, test
 from workers.networks import folded_weights
 from workers.steps import fidelity, trainers
 from workers.steps.context import Context
@@ -21,9 +25,14 @@ from workers.steps.recipe import recipe
 from workers.steps.turns import Trial
 from workers.training import ScratchTrainer, TrainingSettings
 
+RECALIBRATION = 1000
+"""Images by which a finalist's batch norms are fitted."""
+
 
 def step(context: Context, job: Job) -> Outcome:
     """Train the first structure of the queue without a result for a slice; when all have one, go on."""
+    if finalists := [trial for trial in job.memory["queue"] if trial["role"] == Role.FINALIST]:
+        return _try(context, job, finalists)
     to_judge = any(trial["role"] == Role.FIDELITY for trial in job.memory["queue"])
     with transaction() as session:
         waiting = [
@@ -40,6 +49,24 @@ def step(context: Context, job: Job) -> Outcome:
     return MOVED
 
 
+def _try(context: Context, job: Job, finalists: list[Trial]) -> Outcome:
+    """Train the first finalist without a score for a slice; when all have one, the best are the winners."""
+    scores = job.memory.get("finalists", {})
+    waiting = [trial for trial in finalists if trial["structure_id"] not in scores]
+    if waiting:
+        train(context, job, waiting[0], len(finalists) - len(waiting), len(finalists))
+        return MOVED
+    best = sorted(finalists, key=lambda trial: scores[trial["structure_id"]]["loss"])
+    winners = [
+        {**trial, "role": Role.WINNER, "rank": rank}
+        for rank, trial in enumerate(best[: context.spec.retraining.top or 1])
+    ]
+    queue = [*winners, *(trial for trial in job.memory["queue"] if trial["role"] != Role.FINALIST)]
+    with transaction() as session:
+        jobs.save_step(session, context.claim, memory={**job.memory, "queue": queue})
+    return MOVED
+
+
 def train(context: Context, job: Job, trial: Trial, done: int, total: int) -> None:
     """Train a network for a slice, test and store it at the end, or take an earlier training's outcome over.
 
@@ -48,10 +75,10 @@ def train(context: Context, job: Job, trial: Trial, done: int, total: int) -> No
     """
     if _take_over(context, job, trial):
         return
-    kept = job.memory.get("checkpoint") or {}
-    sha256 = kept.get("sha256")
+    held = job.memory.get("checkpoint") or {}
+    sha256 = held.get("sha256")
     trainer = context.keep(
-        "scratch", [trial["structure_id"], trial["role"], sha256], lambda: _trainer(context, trial, kept)
+        "scratch", [trial["structure_id"], trial["role"], sha256], lambda: _trainer(context, trial, held)
     )
 
     def progress() -> dict[str, Any]:
@@ -62,16 +89,19 @@ def train(context: Context, job: Job, trial: Trial, done: int, total: int) -> No
     trainers.advance(context, trainer, progress)
     if trainer.done < trainer.total:
         _save(context, job, trial, trainer, progress())
+    elif trial["role"] == Role.FINALIST:
+        _judge(context, job, trial, trainer)
     else:
         _finish(context, job, trial, trainer)
 
 
 def _settings(context: Context, trial: Trial) -> dict[str, Any]:
-    """The request's fields for a trial: those that are trained to judge the proxy have epochs of their own."""
+    """The request's fields for a trial: finalists, and those that are trained to judge the proxy, have own epochs."""
     if trial["role"] == Role.DENSE:
         return context.spec.dense.model_dump()
-    settings = context.spec.retraining.model_dump()
-    return settings | {"epochs": context.spec.fidelity.epochs} if trial["role"] == Role.FIDELITY else settings
+    settings = context.spec.retraining
+    own = {Role.FIDELITY: context.spec.fidelity.epochs, Role.FINALIST: settings.trial_epochs}
+    return settings.model_dump() | {"epochs": own.get(trial["role"], settings.epochs)}
 
 
 def _recipe(context: Context, trial: Trial) -> str:
@@ -80,6 +110,8 @@ def _recipe(context: Context, trial: Trial) -> str:
 
 def _take_over(context: Context, job: Job, trial: Trial) -> bool:
     """Store what an earlier training by the same recipe gave; False where there is none with its files."""
+    if trial["role"] == Role.FINALIST:
+        return False
     with transaction() as session:
         found = results.same_training(session, _recipe(context, trial))
         files = () if found is None else (found.weights, found.model)
@@ -106,19 +138,34 @@ def _record(session: Session, context: Context, job: Job, trial: Trial, **outcom
     )  # fmt: skip
 
 
-def _trainer(context: Context, trial: Trial, kept: dict[str, Any]) -> ScratchTrainer:
-    arguments = {"channels": trial["channels"], "settings": _settings(context, trial)}
-    return trainers.build(context, trainers.scratch, arguments, kept.get("sha256"), kept.get("counters"))
+def _trainer(context: Context, trial: Trial, held: dict[str, Any]) -> ScratchTrainer:
+    whole = trial["role"] != Role.FINALIST
+    arguments = {"channels": trial["channels"], "settings": _settings(context, trial), "whole": whole}
+    return trainers.build(context, trainers.scratch, arguments, held.get("sha256"), held.get("counters"))
 
 
 def _save(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer, progress: dict[str, Any]) -> None:
     sha256 = checkpoints.save(context.settings.blobs, trainer.state())
-    kept = {"sha256": sha256, "counters": trainer.counters()}
+    held = {"sha256": sha256, "counters": trainer.counters()}
     with transaction() as session:
         blobs.register(session, sha256)
-        dropped = replace(context, job, session, kept, progress=progress)
+        dropped = replace(context, job, session, held, progress=progress)
     remove(dropped)
     context.rename("scratch", [trial["structure_id"], trial["role"], sha256])
+
+
+def _judge(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) -> None:
+    """Keep what a finalist does on images that it has not seen, with batch norms of its last weights."""
+    images = kept(context.data.sub_training.sample(RECALIBRATION, context.spec.seed), context.data.image_size)
+    recalibrate(trainer.network, images, BATCH, context.device)
+    score = evaluate(trainer.network, context.data.sub_validation, context.device)
+    found = {"proxy_accuracy": trial["proxy_accuracy"], "accuracy": score.accuracy, "loss": score.loss}
+    scores = {**job.memory.get("finalists", {}), trial["structure_id"]: found}
+    with transaction() as session:
+        jobs.add_event(session, job.id, "finalist", {"structure_id": trial["structure_id"], **found})
+        dropped = replace(context, job, session, None, {"finalists": scores})
+    remove(dropped)
+    context.forget("scratch")
 
 
 def _finish(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) -> None:
@@ -140,11 +187,14 @@ def _finish(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) -
     context.forget("scratch")
 
 
-def replace(context: Context, job: Job, session: Any, kept: dict[str, Any] | None, **changes: Any) -> str | None:
+def replace(
+    context: Context, job: Job, session: Any, checkpoint: dict[str, Any] | None, memory: Mapping[str, Any] = {},
+    **changes: Any,
+) -> str | None:  # fmt: skip
     """The checkpoint that counts from now on; returns the one whose file may go."""
     old = (job.memory.get("checkpoint") or {}).get("sha256")
-    jobs.save_step(session, context.claim, memory={**job.memory, "checkpoint": kept}, **changes)
-    same = kept is not None and kept["sha256"] == old
+    jobs.save_step(session, context.claim, memory={**job.memory, **memory, "checkpoint": checkpoint}, **changes)
+    same = checkpoint is not None and checkpoint["sha256"] == old
     return old if not same and blobs.discard(session, old) else None
 
 

@@ -1,8 +1,8 @@
 """`searching`: one generation a step; then the best are measured before anything is spent on retraining one of them.
 
-Within milliseconds the winner is the best of the `SHORTLIST` that holds its budget when it is measured. So the search
-need not keep free what prices are off by, which half of all networks would not have needed, but only what the next
-measurement may differ by.
+Within milliseconds winners and finalists are those of the best that hold the budget when they are measured. So the
+search need not keep free what prices are off by, which half of all networks would not have needed, but only what the
+next measurement may differ by.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,7 +30,7 @@ LEAST_USED = 0.93
 """A winner whose first measurement is under this share of the prediction, and of the budget, shows that the prediction
 is too pessimistic; one that uses less of the budget but takes what was predicted is just what the search has found."""
 SHORTLIST = 8
-"""So many of the best structures are measured to find the winner; of a front, only its first."""
+"""At least so many of the best structures are measured to find the winner; of a front, only its first."""
 CHECK_SECONDS = 120.0
 """How long the search waits for that; the measurement in `verifying` decides."""
 
@@ -134,7 +134,8 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     if unused := _unused(context, job, search, networks, found[winner]):
         return search_on(context, job, networks, unused, shy=True)
     refused = {one for one in listed if broken.get(one, True)}
-    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused)]
+    held = [one for one in listed if one not in refused]
+    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused, held)]
     with transaction() as session:
         jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
     return MOVED
@@ -142,7 +143,8 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
 
 def _shortlist(context: Context, search: Evolution) -> dict[str, tuple[int, ...]]:
     """Structure id → channels of the best, best first."""
-    best = search.top(1 if isinstance(search, Front) else SHORTLIST, _structure_id(context))
+    most = max(SHORTLIST, context.spec.retraining.finalists or 0)
+    best = search.top(1 if isinstance(search, Front) else most, _structure_id(context))
     channels = [context.space.channels(one.proposal.encoding) for one in best]
     return {context.space.digest(each): each for each in channels}
 
@@ -196,17 +198,25 @@ def search_on(
     return turns.again(context, job, METAPRUNING, memory | {"evolution": evolution})
 
 
-def _queue(context: Context, job: Job, search: Evolution, refused: Collection[str]) -> list[turns.Trial]:
-    """What to retrain: the best distinct structures that are not refused, uniform networks and random ones."""
+def _queue(
+    context: Context, job: Job, search: Evolution, refused: Collection[str], held: Collection[str]
+) -> list[turns.Trial]:
+    """What to retrain: the best distinct structures that are not refused, uniform networks and random ones.
+
+    Where finalists are asked for, the best are those of the shortlist that have `held` the budget.
+    """
     space, key, count = context.space, _structure_id(context), context.spec.retraining.top or 1
     best = [one for one in search.top(count + len(refused), key) if key(one.proposal.encoding) not in refused][:count]
+    finalists = [one for one in search.top(len(held) + len(refused), key) if key(one.proposal.encoding) in held]
+    finalists = finalists[: context.spec.retraining.finalists or 1]
+    role = Role.WINNER
+    if context.spec.objective == "best" and len(finalists) > count:
+        role, best = Role.FINALIST, finalists
     queue = []
     for rank, one in enumerate(best):
         encoding, proxy = one.proposal.encoding, one.score.accuracy
         channels = space.channels(encoding)
-        queue.append(
-            turns.trial(context, Role.WINNER, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy)
-        )
+        queue.append(turns.trial(context, role, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy))
     if context.spec.baselines:
         for rank, uniform in enumerate(_uniforms(_budget(context, job), search, best)):
             queue.append(turns.trial(context, Role.UNIFORM, context.spec.method, uniform, rank=rank))

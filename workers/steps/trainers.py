@@ -6,6 +6,7 @@ to build the same trainer from the same arguments and to train in lock-step with
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from latency_profiler.errors import SecateursError
@@ -28,11 +29,14 @@ def pruning_net(context: Context, band: Sequence[float] | None) -> PruningNetTra
     )
 
 
-def scratch(context: Context, channels: Sequence[int], settings: Mapping[str, Any]) -> ScratchTrainer:
-    """Of one structure, with a request's fields as settings."""
+def scratch(
+    context: Context, channels: Sequence[int], settings: Mapping[str, Any], whole: bool = True
+) -> ScratchTrainer:  # fmt: skip
+    """Of one structure, with a request's fields as settings, on the whole training set or the sub-training set."""
+    data = context.data if whole else replace(context.data, training=context.data.sub_training)
     return ScratchTrainer(
-        context.space, tuple(channels), context.data, TrainingSettings.of(settings), context.spec.seed,
-        context.device, context.team,
+        context.space, tuple(channels), data, TrainingSettings.of(settings), context.spec.seed, context.device,
+        context.team,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Whose turn it is in a job of several methods, and what follows when a method has its winners.
 
-A method is done when the job's queue holds a winner of it; corrections take that winner off the queue again.
+A method is done when the job's queue holds a winner of it, or those among whom short trainings will choose one;
+corrections take them off the queue again.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from service.store.session import transaction
 from workers.steps.context import Context
 from workers.steps.outcome import MOVED, Outcome
 
+CHOSEN = (Role.WINNER, Role.FINALIST)
+"""Roles that a method gives when it is done."""
 Trial = dict[str, Any]
 """A network of the job's queue: role, method, rank, structure_id, channels, encoding, proxy_accuracy."""
 
@@ -54,7 +57,7 @@ def others(job: Job, method: str) -> list[Trial]:
     """What stays in the queue when a method has to look for another winner."""
     return [
         one for one in job.memory.get("queue", [])
-        if one["role"] == Role.DENSE or (one["role"] == Role.WINNER and one["method"] != method)
+        if one["role"] == Role.DENSE or (one["role"] in CHOSEN and one["method"] != method)
     ]  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def dense(context: Context) -> Trial:
 
 
 def _left(context: Context, queue: Sequence[Trial]) -> list[Method]:
-    done = {one["method"] for one in queue if one["role"] == Role.WINNER}
+    done = {one["method"] for one in queue if one["role"] in CHOSEN}
     return [method for method in context.spec.methods if method not in done]
 
 

@@ -86,6 +86,7 @@ def _result(context: Context, job: Job, session: Any) -> dict[str, Any]:
         "dense": denses[0] if denses else None,
         "methods": {method: next(one for one in winners if one["method"] == method) for method in context.spec.methods},
         "front": front[::-1] if context.spec.objective == "front" else None,
+        "finalists": [{"structure_id": one, **scores} for one, scores in job.memory.get("finalists", {}).items()],
         "fidelity": job.memory.get("fidelity"),
         "candidates": results.candidate_count(session, job.id),
         "generations": jobs.generations(session, job.id),
