@@ -85,6 +85,11 @@ class Batches:
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images."""
+        return self._pixels.shape[1]
+
     def steps(self, batch_size: int) -> int:
         """Training batches of an epoch; a last one that is not full is left out (batch norm needs equal batches)."""
         return max(1, len(self) // batch_size)

@@ -13,6 +13,9 @@ from latency_profiler.errors import InvalidInput
 RESIDENT_SHARE = 0.25
 """A dataset that needs no more than this share of a GPU's free memory is kept there."""
 
+SMALL_IMAGE = 64
+"""Side in pixels up to which networks are small: one thread of a processor, or a GPU's float32, serves them best."""
+
 
 class NoSuchDevice(InvalidInput):
     """This machine does not have the device that the settings ask for."""
@@ -40,12 +43,14 @@ def choose(asked: str, rank: int = 0, processes: int = 1) -> torch.device:
     return torch.device("cuda", index)
 
 
-def precision(device: torch.device) -> torch.dtype:
+def precision(device: torch.device, image_size: int) -> torch.dtype:
     """What convolutions compute in: bfloat16 on GPUs that have it, which needs no scaling of the loss; else float32.
 
-    float16 is not used: its gradients underflow without a scaler, whose checks make the host wait.
+    Networks of small images keep a GPU waiting for launches, of which casts are only more. float16 is not used: its
+    gradients underflow without a scaler, whose checks make the host wait.
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    large = device.type == "cuda" and image_size > SMALL_IMAGE
+    if large and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
 

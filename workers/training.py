@@ -196,7 +196,7 @@ class Trainer(abc.ABC):
                 leaf.grad = torch.zeros_like(leaf)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        dtype = precision(self.device)
+        dtype = precision(self.device, self.batches.image_size)
         return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype=dtype)
 
 

@@ -406,6 +406,23 @@ def test_soundings_that_are_off_by_no_one_share_correct_nothing(world: None) -> 
     assert (len(job.memory["sounded"]), job.memory["corrections"]) == (12, {})
 
 
+class Uneven(Bench):
+    """Half of the networks that a budget is sounded with take less time than they are priced at, half of them more."""
+
+    def _value(self, work: Work) -> float:
+        sounding = work.kind is WorkKind.NETWORK and work.payload["purpose"].startswith("sound")
+        return super()._value(work) * ((0.94 if work.id % 2 else 1.06) if sounding else 1)
+
+
+def test_a_search_that_soundings_have_corrected_uses_what_their_spread_would_keep_free(world: None) -> None:
+    job = run(submit(latency_bound(0.4)), Uneven())
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    margin, most = job.memory["margins"]["bench"], latency_bound(0.4)["max_ms"]
+    assert margin > 0.03
+    assert most / (1 + margin / 2) < job.result["winner"]["predicted_ms"]["bench"] <= most
+
+
 class Partial(Bench):
     """Of the networks that a search ends with, it runs the first, in the order asked, slower than others or not at all.
 

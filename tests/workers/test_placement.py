@@ -74,13 +74,16 @@ def test_a_wrong_name_of_a_device_is_refused_with_the_settings(wrong: str, monke
         Settings()
 
 
-@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_gpu_computes_in_bfloat16_where_it_has_it(
-    has: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("has", "size", "dtype"),
+    [(True, 224, torch.bfloat16), (False, 224, torch.float32), (True, 65, torch.bfloat16), (True, 64, torch.float32)],
+)
+def test_a_gpu_computes_large_images_in_bfloat16_where_it_has_it(
+    has: bool, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
-    assert precision(GPU) is dtype
-    assert precision(CPU) is torch.float32
+    assert precision(GPU, size) is dtype
+    assert precision(CPU, size) is torch.float32
 
 
 class OnHost:

@@ -30,10 +30,9 @@ from workers import checkpoints
 from workers.budget import Budget, predict
 from workers.datasets import Data, prepare
 from workers.parallel import ALONE, Team
-from workers.placement import choose
+from workers.placement import SMALL_IMAGE, choose
 
 T = TypeVar("T")
-SMALL = 64
 log = logging.getLogger(__name__)
 
 
@@ -75,7 +74,7 @@ class Context:
             dataset = session.get_one(Dataset, job.dataset_id)
         self.spec = JobRequest.model_validate(job.spec)
         self.dataset = Facts(dataset.id, dataset.kind, dataset.path, dataset.classes)
-        small = (self.spec.image_size or 0) <= SMALL
+        small = (self.spec.image_size or 0) <= SMALL_IMAGE
         cores = max(1, (os.cpu_count() or 1) // settings.training_processes)
         self.threads = settings.threads or (1 if small else cores)
         torch.set_num_threads(self.threads)
