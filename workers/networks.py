@@ -17,6 +17,8 @@ from workers.norms import Norm
 NORM_EPSILON = 1e-5
 LARGE_MAP = 16
 """Side in pixels from which a 1x1 convolution is faster as a convolution than as a matrix product."""
+SMALL_MAP = 32
+"""Side in pixels up to which the patches of a map fit in a GPU's memory with ease."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -38,19 +40,46 @@ def run(nodes: Sequence[Node], images: Tensor, apply: Callable[[int, Tensor], Te
     return maps[len(nodes) - 1]
 
 
-def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def convolve(
+    layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, varied: bool = False
+) -> Tensor:  # fmt: skip
     """A convolution; weight (c_out, c_in / groups, k, k).
 
     oneDNN compiles a kernel for every new shape, which costs milliseconds, and a PruningNet has new widths in every
     step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays.
+
+    Args:
+        varied: the next call has other widths; a GPU computes it `without_plans`.
     """
+    if varied and x.device.type == "cuda" and layer.out_size <= SMALL_MAP:
+        return without_plans(layer, x, weight, bias)
     if layer.op is Op.CONV and layer.kernel == 1 and layer.out_size < LARGE_MAP:
-        pixels = x[:, :, :: layer.stride, :: layer.stride].permute(0, 2, 3, 1)
-        # Of two dimensions: with four, torch folds or batches depending on who requires gradients, with other bits.
-        out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1), bias)
-        return out.view(*pixels.shape[:3], layer.c_out).permute(0, 3, 1, 2)
+        return _by_pixels(layer, x, weight, bias)
     groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
     return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, groups)
+
+
+def without_plans(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same convolution without cuDNN, which plans for every new shape for longer than a whole step takes.
+
+    Torch has own kernels for depthwise convolutions of maps that are not channels-last; all others are matrix products.
+    """
+    if layer.op is Op.DEPTHWISE:
+        x = x.contiguous()
+        return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, layer.c_in)
+    if layer.kernel == 1:
+        return _by_pixels(layer, x, weight, bias)
+    patches = functional.unfold(x, layer.kernel, 1, layer.padding, layer.stride)  # (b, c_in k k, pixels)
+    out = weight.flatten(1) @ patches if bias is None else weight.flatten(1) @ patches + bias[:, None]
+    return out.view(len(x), layer.c_out, layer.out_size, layer.out_size)
+
+
+def _by_pixels(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as a matrix product over channels-last pixels."""
+    pixels = x[:, :, :: layer.stride, :: layer.stride].permute(0, 2, 3, 1)
+    # Of two dimensions: with four, torch folds or batches depending on who requires gradients, with other bits.
+    out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1), bias)
+    return out.view(*pixels.shape[:3], layer.c_out).permute(0, 3, 1, 2)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -75,8 +104,10 @@ class PlainNetwork(nn.Module):
     """One structure as an ordinary network, initialised from `seed`.
 
     Sub-modules: `convs.<i>`, `norms.<i>`, `linears.<i>`, with i the index of the node. A convolution without batch norm
-    has a bias.
+    has a bias. `varied` is for a network that is used once, as its widths are.
     """
+
+    varied = False
 
     def __init__(self, space: Space, channels: Sequence[int], seed: int = 0) -> None:
         super().__init__()
@@ -128,7 +159,7 @@ class PlainNetwork(nn.Module):
         layer, name = self.nodes[i].layer, str(i)
         match layer.op:
             case Op.CONV | Op.DEPTHWISE:
-                y = convolve(layer, x, self.weight(i), self.bias(i))
+                y = convolve(layer, x, self.weight(i), self.bias(i), varied=self.varied)
                 return self.norms[name](y) if layer.norm else y
             case Op.LINEAR:
                 z: Tensor = self.linears[name](x.flatten(1))
@@ -144,7 +175,9 @@ class PlainNetwork(nn.Module):
         folded = {int(name): fold(self.weight(int(name)), norm) for name, norm in self.norms.items()}
 
         def compute(i: int, x: Tensor) -> Tensor:
-            return convolve(self.nodes[i].layer, x, *folded[i]) if i in folded else self.compute(i, x)
+            if i not in folded:
+                return self.compute(i, x)
+            return convolve(self.nodes[i].layer, x, *folded[i], varied=self.varied)
 
         return lambda images: self.run(images, compute, until)
 

@@ -184,7 +184,7 @@ class PruningNet(nn.Module):
         def compute(i: int, x: Tensor) -> Tensor:
             layer, name = nodes[i].layer, str(i)
             if name in weights:
-                x = convolve(layer, x, weights[name])
+                x = convolve(layer, x, weights[name], varied=True)
                 normed: Tensor = self.norms[name](x, option(self.space, self.space.units[i], encoding))
                 return normed
             if name in self.classifiers:
@@ -219,6 +219,7 @@ class PruningNet(nn.Module):
     def crop(self, encoding: Sequence[int]) -> PlainNetwork:
         """The structure as a plain network with the generated weights, the selected batch norms, and eval mode."""
         plain = PlainNetwork(self.space, self.space.channels(encoding))
+        plain.varied = True
         for name, weight in self.generate(encoding).items():
             plain.convs[name].weight = nn.Parameter(weight)
             ours, theirs = self.norms[name], plain.norms[name]

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -6,11 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latency_profiler.cost import flops, parameters
 from latency_profiler.graphs import build_model
-from latency_profiler.layers import Op
+from latency_profiler.layers import Layer, Op
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import CHOICES, IMAGE
 from latency_profiler.tensors import network_inputs
 from tests.profiler.test_graphs import onnx_result
+from workers import networks
 from workers.networks import PlainNetwork, folded_weights, run
 
 
@@ -27,6 +30,23 @@ def test_analytic_costs_equal_torchs_own_counts(name: str, image_size: int) -> N
             assert network(torch.empty(1, 3, image_size, image_size, device="meta")).shape == (1, 7)
         assert counter.get_total_flops() == 2 * flops(space.layers(channels))
         assert sum(p.numel() for p in network.parameters()) == parameters(space.layers(channels))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet20", "resnet50", "vgg16"])
+def test_what_a_gpu_computes_without_plans_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = get_space(name, 32, 0.1, 7, True)
+    network, images = PlainNetwork(space, space.uniform(0.5)).double(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    parameters, seen = [one for one in network.parameters() if one.requires_grad], set()
+    expected = torch.autograd.grad(network(images).square().sum(), parameters)
+
+    def convolved(layer: Layer, *arguments: Any, varied: bool = False) -> torch.Tensor:
+        seen.add((layer.op, layer.kernel, layer.stride))
+        return networks.without_plans(layer, *arguments)
+
+    monkeypatch.setattr(networks, "convolve", convolved)
+    found = torch.autograd.grad(network(images).square().sum(), parameters)
+    assert seen
+    assert all(torch.allclose(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
