@@ -22,7 +22,7 @@ class NoSuchDevice(InvalidInput):
 
 
 def choose(asked: str, rank: int = 0, processes: int = 1) -> torch.device:
-    """The device of the process `rank` of several on this machine.
+    """The device of the process `rank` of several on this machine; a GPU gives the same bits each time from then on.
 
     Args:
         asked: `cpu`; `cuda`, one GPU per process; `cuda:1`, that GPU; `auto`, GPUs if there is one for every process.
@@ -40,6 +40,7 @@ def choose(asked: str, rank: int = 0, processes: int = 1) -> torch.device:
     if max(index + 1, processes) > gpus:
         need = asked if processes == 1 else f"{processes} training processes"
         raise NoSuchDevice(f"SECATEURS_DEVICE={asked}: {need} cannot have a GPU, torch sees {gpus} of them here")
+    torch.backends.cudnn.deterministic = True
     return torch.device("cuda", index)
 
 

@@ -50,7 +50,9 @@ def test_every_process_gets_its_device(
     gpus: int, asked: str, rank: int, processes: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, gpus)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert choose(asked, rank, processes) == torch.device(device)
+    assert torch.backends.cudnn.deterministic is device.startswith("cuda")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def test_every_call_does_the_work_once_with_its_own_rate_and_inputs(monkeypatch:
 
 
 @pytest.fixture
-def there() -> Data:
+def there(monkeypatch: pytest.MonkeyPatch) -> Data:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as `placement.choose` does
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (320, 8, 8, 3), dtype=torch.uint8, generator=random).numpy()
     labels = torch.randint(0, 4, (320,), generator=random).numpy()
