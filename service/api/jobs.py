@@ -147,7 +147,7 @@ async def events(
     """What happens in the job, as server-sent events, from the beginning until it has ended.
 
     Kinds: `state`; `progress`; `sounding` (by latency: the correction of its prices, and the margin that is kept);
-    `generation`, a summary of each; `warning`.
+    `generation`, a summary of each; `finalist`, what a short training has come to; `warning`.
     """
     seen, ended = last_event_id, False
     while not ended:

@@ -65,6 +65,17 @@ class Console:
                 raise Killed
 
 
+class Listener(Console):
+    """Remembers all that it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[dict[str, Any]] = []
+
+    def say(self, progress: dict[str, Any] | None = None) -> None:
+        self.told += [progress] if progress else []
+
+
 class Bench:
     """A device whose layers take a nanosecond per multiply-add and some microseconds.
 
@@ -457,7 +468,8 @@ def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world:
 
 
 def test_the_winner_is_the_finalist_that_a_short_training_finds_best(world: None) -> None:
-    job = run(submit(flops_bound(0.4), retraining={"finalists": 4, "trial_epochs": 2}))
+    console = Listener()
+    job = run(submit(flops_bound(0.4), retraining={"finalists": 4, "trial_epochs": 2}), console=console)
     assert job.state is JobState.SUCCEEDED
     assert job.result is not None
     finalists = {one["structure_id"]: one for one in job.result["finalists"]}
@@ -472,6 +484,10 @@ def test_the_winner_is_the_finalist_that_a_short_training_finds_best(world: None
         told = [e.data for e in jobs.events_after(session, job.id, 0, 10_000) if e.kind == "finalist"]
         trained = [(row.structure_id, row.role) for row in results.of_job(session, job.id)]
     assert told == job.result["finalists"]
+    told_done = [one["done"] for one in console.told if one["phase"] == "retraining"]
+    assert told_done == sorted(told_done)
+    assert (int(told_done[0]), told_done[-1]) == (0, 6)
+    assert {one["total"] for one in console.told if one["phase"] == "retraining"} == {6}
     assert trained == [(winner["structure_id"], "winner"), (job.result["uniform"]["structure_id"], "uniform")]
 
 

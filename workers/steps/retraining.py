@@ -45,22 +45,21 @@ def step(context: Context, job: Job) -> Outcome:
             return MOVED
     if not waiting:
         return fidelity.step(context, job)
-    train(context, job, waiting[0], len(job.memory["queue"]) - len(waiting), len(job.memory["queue"]))
+    tried, queue = len(job.memory.get("finalists", {})), len(job.memory["queue"])
+    train(context, job, waiting[0], tried + queue - len(waiting), tried + queue)
     return MOVED
 
 
 def _try(context: Context, job: Job, finalists: list[Trial]) -> Outcome:
     """Train the first finalist without a score for a slice; when all have one, the best are the winners."""
-    scores = job.memory.get("finalists", {})
+    scores, top = job.memory.get("finalists", {}), context.spec.retraining.top or 1
     waiting = [trial for trial in finalists if trial["structure_id"] not in scores]
     if waiting:
-        train(context, job, waiting[0], len(finalists) - len(waiting), len(finalists))
+        others = len(job.memory["queue"]) - len(finalists)
+        train(context, job, waiting[0], len(scores), len(scores) + len(waiting) + top + others)
         return MOVED
     best = sorted(finalists, key=lambda trial: scores[trial["structure_id"]]["loss"])
-    winners = [
-        {**trial, "role": Role.WINNER, "rank": rank}
-        for rank, trial in enumerate(best[: context.spec.retraining.top or 1])
-    ]
+    winners = [{**trial, "role": Role.WINNER, "rank": rank} for rank, trial in enumerate(best[:top])]
     queue = [*winners, *(trial for trial in job.memory["queue"] if trial["role"] != Role.FINALIST)]
     with transaction() as session:
         jobs.save_step(session, context.claim, memory={**job.memory, "queue": queue})
