@@ -210,9 +210,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {
         "training": {"epochs": 12, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY, **PLAIN},
         "search": {"generations": 6, "population": 40, "parents": 10, "recalibration_images": 1000},
-        "retraining": {
-            "epochs": 8, "batch_size": 64, "top": 1, "finalists": 8, "trial_epochs": 3, **FAST, **CLIPPED, **PLAIN,
-        },
+        "retraining": {"epochs": 8, "batch_size": 64, "top": 1, **FAST, **CLIPPED, **PLAIN},
     },
     "paper": {
         "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "validation_images": 50_000, **SGD},
@@ -220,6 +218,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
     },
 }  # fmt: skip
+TRIAL_SHARE = 3 / 8
+"""Epochs of a finalist's training beside those of a winner's, where the request names no number."""
 MEMBERS = 3
 """So many structures of a front are trained from scratch where the request names no number."""
 CLASSIFIER_IMAGES = {"smoke": 0, "quick": 0, "standard": 5000, "paper": 0}
@@ -249,12 +249,13 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
             preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort] if request.objective == "best" else 0.0
             preset |= {"repair": not paper, "screening": 1 if paper else 4}
             preset["classifier_images"] = CLASSIFIER_IMAGES[request.effort]
-        if part == "retraining":
-            preset = {"finalists": 1, "trial_epochs": 1} | preset
         if part == "retraining" and request.objective == "front":
-            preset |= {"top": MEMBERS, "finalists": 1}
+            preset["top"] = MEMBERS
         if paper:
             preset |= PUBLISHED.get(request.space, {}).get(part, {})
+        if part == "retraining":
+            epochs = request.retraining.epochs or preset["epochs"]
+            preset |= {"finalists": 1, "trial_epochs": max(1, int(TRIAL_SHARE * epochs))}
         given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}
         filled[part] = type(getattr(request, part)).model_validate(preset | given)
     epochs = request.fidelity.epochs or filled["retraining"].epochs

@@ -46,6 +46,7 @@ def numpy_generator(seed: int, *counters: int | str) -> np.random.Generator:
 def sample(
     cost: Cost, low: float, high: float, depths: Sequence[float], count: int, rng: np.random.Generator,
     spread: float = 1.0, mend: Callable[[Genes], Genes] = lambda encodings: encodings, least: float | None = None,
+    narrowest: Genes | None = None,
 ) -> Genes:  # fmt: skip
     """Up to `count` encodings (n, g) with a cost in [low, high]; fewer where the band holds few.
 
@@ -54,10 +55,12 @@ def sample(
         spread: below 1 it draws structures that are nearer to the uniform width.
         mend: changes what was drawn before its cost counts.
         least: cost of what is mended, where that may be below the band.
+        narrowest: the smallest choice (g,) of every gene that is drawn.
     """
     found = np.empty((0, len(depths)), dtype=np.int64)
     for _ in range(ROUNDS):
-        drawn = mend(_shifted(cost, low, high, spread * _directions(depths, max(32, 2 * count), rng), rng))
+        directions = spread * _directions(depths, max(32, 2 * count), rng)
+        drawn = mend(_shifted(cost, low, high, directions, rng, narrowest))
         costs = cost(drawn)
         found = np.concatenate([found, drawn[(costs >= (low if least is None else least)) & (costs <= high)]])
         if len(found) >= count:
@@ -139,17 +142,19 @@ def _directions(depths: Sequence[float], count: int, rng: np.random.Generator) -
     return directions
 
 
-def _shifted(cost: Cost, low: float, high: float, directions: Floats, rng: np.random.Generator) -> Genes:
+def _shifted(
+    cost: Cost, low: float, high: float, directions: Floats, rng: np.random.Generator, narrowest: Genes | None = None
+) -> Genes:  # fmt: skip
     """Each direction shifted to a cost that is uniform in the band, as near as whole genes allow."""
     target = rng.uniform(low, high, len(directions))
     under, over = np.full(len(directions), -float(CHOICES)), np.full(len(directions), float(CHOICES))
     for _ in range(BISECTIONS):
         shift = (under + over) / 2
-        dear = cost(_rounded(directions + shift[:, None])) > target
+        dear = cost(_rounded(directions + shift[:, None], narrowest)) > target
         over, under = np.where(dear, shift, over), np.where(dear, under, shift)
-    return _rounded(directions + under[:, None])
+    return _rounded(directions + under[:, None], narrowest)
 
 
-def _rounded(genes: Floats) -> Genes:
+def _rounded(genes: Floats, narrowest: Genes | None) -> Genes:
     """Choices from distances from the middle one."""
-    return np.clip(np.rint(MIDDLE + genes), 0, CHOICES - 1).astype(np.int64)
+    return np.clip(np.rint(MIDDLE + genes), 0 if narrowest is None else narrowest, CHOICES - 1).astype(np.int64)

@@ -167,6 +167,22 @@ def test_sampled_structures_lie_in_the_band_and_differ() -> None:
     assert Structures(SPACE, (LOW, HIGH), 0).at(299) == drawn[299]
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "least"), [("mobilenet_v2", 0.5, 3), ("resnet20", 1.0, 3), ("resnet20", 0.5, 2)]
+)
+def test_structures_near_a_budget_have_no_layers_of_hardly_any_channels(name: str, width: float, least: int) -> None:
+    space = get_space(name, 32, width, 10, True)
+    whole = flops(space.layers(space.channels(space.largest)))
+
+    def widths(low: float, high: float) -> set[int]:
+        structures = Structures(space, (low, high), 0)
+        return {min(space.channels(structures.at(i))) for i in range(200)}
+
+    assert min(widths(0.6 / 8 * whole, 1.4 / 8 * whole)) == least
+    smallest = flops(space.layers(space.channels(space.smallest)))
+    assert min(widths(smallest, 1.1 * smallest)) < least  # where nothing else is within the band
+
+
 def test_a_band_that_the_space_does_not_reach_is_an_error(data: Data) -> None:
     with pytest.raises(InfeasibleConstraint, match="flops"):
         PruningNetTrainer(SPACE, data, SETTINGS, 0, (1.0, 2.0), CPU)
