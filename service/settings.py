@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     three."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Where runners compute: `cpu`; `cuda`, a GPU for each training process; `cuda:1`, that GPU; `auto`, GPUs if there
-    are enough. No GPU has been tried yet."""
+    are enough. Only trainings from scratch have run on a GPU, once."""
     training_processes: int = Field(1, ge=1, le=64)
     """Processes of this machine that train a job's networks together, each on its part of every batch. Part of what a
     result can be reproduced with."""

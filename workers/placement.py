@@ -1,8 +1,8 @@
 """Where tensors live: the device of a process, the type of its products, and how data gets there.
 
-Nothing here has ever run on a GPU; tests check it with stand-ins, and whole steps on torch's `meta` device. In the
-training loop the host never waits for the device: no value is read back before an epoch's end, and what a step needs
-from the host is copied from pinned memory.
+Trainings from scratch have run on a GPU once; all else only in tests, with stand-ins and on torch's `meta` device. In
+the training loop the host never waits for the device: no value is read back before an epoch's end, and what a step
+needs from the host is copied from pinned memory.
 """
 
 import torch
