@@ -60,7 +60,7 @@ def convolve(
 
 
 def without_plans(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same convolution without cuDNN, which plans for every new shape for longer than a whole step takes.
+    """The same convolution without cuDNN, which plans for every new shape. It has not run on a GPU yet.
 
     Torch has own kernels for depthwise convolutions of maps that are not channels-last; all others are matrix products.
     """

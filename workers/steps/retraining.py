@@ -1,7 +1,7 @@
 """`retraining`: winners and the uniform network from scratch on the whole training set, then tested once.
 
 Where there are finalists, they come first: each is trained for a few epochs on the sub-training set, and those that are
-best on the sub-validation set are the winners. A PruningNet ranks structures that far from apart not as training does.
+best on the sub-validation set are the winners: a PruningNet hardly tells the best of a search apart.
 
 A training that was done before, by any job, on the same machine with the same code, is not done again.
 """
@@ -16,7 +16,7 @@ from service.store import blobs, jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction
 from workers import checkpoints
-from workers.evaluation import BATCH, evaluate, kept, recalibrate, test
+from workers.evaluation import BATCH, evaluate, recalibrate, test
 from workers.networks import folded_weights
 from workers.steps import fidelity, trainers
 from workers.steps.context import Context
@@ -24,9 +24,6 @@ from workers.steps.outcome import MOVED, Outcome
 from workers.steps.recipe import recipe
 from workers.steps.turns import Trial
 from workers.training import ScratchTrainer, TrainingSettings
-
-RECALIBRATION = 1000
-"""Images by which a finalist's batch norms are fitted."""
 
 
 def step(context: Context, job: Job) -> Outcome:
@@ -155,8 +152,8 @@ def _save(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer, pro
 
 def _judge(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) -> None:
     """Keep what a finalist does on images that it has not seen, with batch norms of its last weights."""
-    images = kept(context.data.sub_training.sample(RECALIBRATION, context.spec.seed), context.data.image_size)
-    recalibrate(trainer.network, images, BATCH, context.device)
+    count = context.spec.search.recalibration_images or fidelity.RECALIBRATION
+    recalibrate(trainer.network, context.data.sub_training.sample(count, context.spec.seed), BATCH, context.device)
     score = evaluate(trainer.network, context.data.sub_validation, context.device)
     found = {"proxy_accuracy": trial["proxy_accuracy"], "accuracy": score.accuracy, "loss": score.loss}
     scores = {**job.memory.get("finalists", {}), trial["structure_id"]: found}

@@ -13,7 +13,7 @@ from workers.pruning_net import PruningNet
 from workers.steps import trainers
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_JOB, MOVED, Outcome
-from workers.training import PruningNetTrainer, TrainingSettings
+from workers.training import LEAST_WIDTH, PruningNetTrainer, TrainingSettings
 
 
 def step(context: Context, job: Job) -> Outcome:
@@ -100,7 +100,7 @@ def _scorer(context: Context, job: Job) -> Scorer:
 def _family(context: Context) -> str:
     """All that determines a PruningNet but its band."""
     training = {name: value for name, value in context.spec.training.model_dump().items() if name != "band"}
-    return _digest([context.space.key, context.dataset.id, training, context.spec.seed])
+    return _digest([context.space.key, context.dataset.id, training, context.spec.seed, LEAST_WIDTH])
 
 
 def _band(context: Context, job: Job) -> tuple[float, float]:
