@@ -165,12 +165,12 @@ def show_generations(console: Console, generations: Sequence[Row]) -> None:
 
 
 def show_finalists(console: Console, finalists: Sequence[Row], winners: Container[str]) -> None:
-    """What short trainings said of the search's best, in its order."""
+    """Accuracies on the sub-validation set after short trainings of the search's best, in its order."""
     said = [
         f"{percent(one['accuracy'])}{' (chosen)' if one['structure_id'] in winners else ''}"
         for one in finalists
     ]  # fmt: skip
-    console.print(f"finalists after their trials, the proxy's best first: {', '.join(said)}", soft_wrap=True)
+    console.print(f"finalists on validation images, the proxy's best first: {', '.join(said)}", soft_wrap=True)
 
 
 def show_fidelity(console: Console, variants: Sequence[Row]) -> None:
