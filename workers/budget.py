@@ -16,7 +16,7 @@ from latency_profiler.cost import Constraint, CostModel, Ints, Metric
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.space import Space
-from workers.sampling import Genes, fill, repair, sample
+from workers.sampling import Genes, fill, least_choices, repair, sample
 
 Floats = npt.NDArray[np.float64]
 CROWD = 3
@@ -59,6 +59,7 @@ class Budget:
         self._costs = CostModel(space)
         self._latencies = {latency: LatencyModel(table, space) for latency, table in tables.items()}
         self._widths = np.array(space.choices)
+        self._narrowest = least_choices(self._widths)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
         timed = (self._latencies[c.latency] for c in constraints if c.latency in self._latencies)
@@ -102,7 +103,7 @@ class Budget:
         """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
         drawn = sample(
             self.tightness, *self._band, self.space.depths, count, rng,
-            mend=lambda genes: self._filled(genes, rng), least=self._floor,
+            mend=lambda genes: self._filled(genes, rng), least=self._floor, narrowest=self._narrowest,
         )  # fmt: skip
         drawn = self._canonical(drawn)
         return drawn[self.feasible(drawn)] if len(drawn) else drawn

@@ -28,17 +28,13 @@ from workers.parallel import ALONE, Team
 from workers.placement import place, precision
 from workers.pruning_net import SHARED, PruningNet
 from workers.replay import Replay
-from workers.sampling import Genes, numpy_generator, sample
+from workers.sampling import Genes, least_choices, numpy_generator, sample
 from workers.sgd import CroppedSGD, Modes, Momentum, Rule, fed
 
 STRUCTURES = 64
 """Structures are drawn so many iterations at a time."""
 NARROWEST = 0.15
 """Spread of structures at the beginning of a curriculum; 1 is the whole space."""
-LEAST_WIDTH = 3
-"""Channels that every layer of a structure near a budget has, or a third of its channels where those are few. A third
-of MobileNetV2's structures at an eighth had a layer of one channel; of 48 structures more than a tenth gave gradients
-that were not finite, so that the step was lost, and a quarter some of a hundred times the usual norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +345,7 @@ class Structures:
         self._space, self._band, self._seed, self._widening = space, band, seed, widening
         self._model, self._widths = CostModel(space), np.array(space.choices)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
-        least = np.minimum(LEAST_WIDTH, self._widths[:, -1:] // 3)
-        self._narrowest = np.argmax(self._widths >= least, axis=1)
+        self._narrowest = least_choices(self._widths)
         self._drawn: tuple[int, Genes] | None = None
 
     def at(self, iteration: int) -> tuple[int, ...]:
@@ -374,12 +369,10 @@ class Structures:
         low, high = max(asked_low, smallest), min(asked_high, largest)
         spread = min(1.0, NARROWEST + chunk * STRUCTURES / self._widening) if self._widening else 1.0
         drawn = np.empty((0, genes), dtype=np.int64)
-        affordable = self._flops(self._narrowest[None])[0] <= low
         if low <= high:
             drawn = sample(
-                self._flops, low, high, self._space.depths, STRUCTURES, random, spread,
-                narrowest=self._narrowest if affordable else None,
-            )  # fmt: skip
+                self._flops, low, high, self._space.depths, STRUCTURES, random, spread, narrowest=self._narrowest
+            )
         if not len(drawn):
             raise InfeasibleConstraint("flops", asked_high if asked_high < smallest else asked_low, smallest, largest)
         return drawn

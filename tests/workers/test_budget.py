@@ -14,7 +14,7 @@ from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.submission import check_feasible
 from workers.budget import Budget
-from workers.sampling import numpy_generator, sample
+from workers.sampling import LEAST_WIDTH, least_choices, numpy_generator, sample
 
 SPACE = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
 FULL = flops(SPACE.layers(SPACE.channels(SPACE.largest)))
@@ -44,6 +44,24 @@ def test_sampling_depends_on_its_generator_only() -> None:
     other = budget.sample(20, numpy_generator(4, "draw", 7))
     assert (first == second).all()
     assert not (first == other).all()
+
+
+@pytest.mark.parametrize("share", [1 / 8, 1 / 2])
+def test_no_layer_of_a_random_structure_is_nearly_empty(share: float) -> None:
+    space = get_space("mobilenet_v2", 32, 0.5, 10, free_last=True)
+    full = flops(space.layers(space.channels(space.largest)))
+    budget = Budget(space, [Constraint(Metric.FLOPS, share * full)], {}, {}, least_share=0.97)
+    channels = budget.channels(budget.sample(64, numpy_generator(2, "least")))
+    assert len(channels) == 64
+    assert channels.min() == LEAST_WIDTH
+
+
+def test_a_budget_below_the_least_widths_is_sampled_all_the_same() -> None:
+    smallest = flops(SPACE.layers(SPACE.channels(SPACE.smallest)))
+    least = flops(SPACE.layers(SPACE.channels(least_choices(np.array(SPACE.choices)).tolist())))
+    tight = Budget(SPACE, [Constraint(Metric.FLOPS, (smallest + least) / 2)], {}, {})
+    assert smallest < least
+    assert len(tight.sample(8, numpy_generator(0, "tight"))) > 0
 
 
 def test_sampling_an_empty_band_ends() -> None:

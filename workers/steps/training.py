@@ -10,10 +10,11 @@ from service.store.session import transaction
 from workers import checkpoints
 from workers.evaluation import Scorer
 from workers.pruning_net import PruningNet
+from workers.sampling import LEAST_WIDTH
 from workers.steps import trainers
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_JOB, MOVED, Outcome
-from workers.training import LEAST_WIDTH, PruningNetTrainer, TrainingSettings
+from workers.training import PruningNetTrainer, TrainingSettings
 
 
 def step(context: Context, job: Job) -> Outcome:
