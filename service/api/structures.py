@@ -141,7 +141,8 @@ def best(
 ) -> FoundList:
     """The most accurate structures within all bounds; each `device` has its `max_latency_ms` at the same place.
 
-    Latencies are those of the median run, or with `statistic` of nine of ten runs.
+    Latencies are those of the median run, or with `statistic` of nine of ten runs: measured ones of a network that was
+    trained on this dataset and measured (the slowest, where several were), else predicted ones.
 
     `proxy` ranks every candidate by its accuracy with PruningNet's weights. `test` ranks what was trained, of each
     structure the best of each method, side by side; only there can `method`, `max_sparse_flops` and `max_kept` (weights

@@ -3,16 +3,18 @@
 One bound is answered from a skyband (`skybands`), however tight it is. "Best under a budget" of several bounds walks
 the index `ix_candidates_best` from the best accuracy down and stops when it has enough: where many structures satisfy
 the budget it reads a few rows, and it never reads the table itself. Equal accuracies are ordered by FLOPs, then by age.
+
+Where a structure was measured on a device after its training, that counts under a bound there, and not its prediction.
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, func, or_, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, false, func, or_, select, tuple_
+from sqlalchemy.orm import Session, aliased
 
 from latency_profiler.cost import Statistic, latency_name, split_latency
 from latency_profiler.errors import NotFound
@@ -66,7 +68,13 @@ def best_candidates(
     session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int
 ) -> list[Hit]:
     """The distinct structures of highest proxy accuracy within a budget, best first."""
-    found = [_best(session, key, dataset_id, budget, limit) for key in space_keys]
+    names = _names(session, budget)
+    measured = _measured(space_keys, dataset_id, names.values())
+    tried = set(session.scalars(measured)) if names else set()
+    found = [_best(session, key, dataset_id, budget, limit, tried) for key in space_keys]
+    if tried:
+        query = _candidates(space_keys, dataset_id, budget, names).where(Candidate.structure_id.in_(measured))
+        found.append(iter(sorted((Hit(*row) for row in session.execute(query)), key=_rank)))
     hits: dict[str, Hit] = {}
     for hit in heapq.merge(*found, key=_rank):
         hits.setdefault(hit.structure_id, hit)
@@ -75,15 +83,39 @@ def best_candidates(
     return list(hits.values())
 
 
-def _best(session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int) -> Iterator[Hit]:
-    """At least so many structures within a budget, best first, if there are so many."""
-    if len(budget.bounds) == 1 and limit <= skybands.MOST:
+def _best(
+    session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int, tried: Set[str]
+) -> Iterator[Hit]:
+    """At least so many structures within a budget by their predictions, best first, if there are so many untried."""
+    if len(budget.bounds) == 1:
         [(cost, most)] = budget.bounds.items()
         members = skybands.read(session, Place(space_key, dataset_id, cost))
         if members is not None:
-            chosen = members[members["cost"] <= most][:limit]
-            return (Hit(accuracy, flops, found, id_.decode()) for accuracy, flops, found, _, id_ in chosen.tolist())
-    return _walk(session, _candidates(space_key, dataset_id, budget), max(CHUNK, 2 * limit))
+            chosen = members[members["cost"] <= most][: skybands.MOST].tolist()
+            hits = [Hit(accuracy, flops, found, id_.decode()) for accuracy, flops, found, _, id_ in chosen]
+            hits = [hit for hit in hits if hit.structure_id not in tried]
+            if len(hits) >= limit or len(chosen) < skybands.MOST:
+                return iter(hits)
+    walk = _walk(session, _candidates([space_key], dataset_id, budget), max(CHUNK, 2 * limit))
+    return (hit for hit in walk if hit.structure_id not in tried)
+
+
+def _names(session: Session, budget: Budget) -> dict[str, str]:
+    """Latency of a budget → the same with the device's name in it, as results name it."""
+    ids = {name: split_latency(name) for name in budget.latencies}
+    devices = select(Device.id, Device.name).where(Device.id.in_([device_id for device_id, _ in ids.values()]))
+    names = {device_id: name for device_id, name in session.execute(devices)} if ids else {}
+    return {name: latency_name(names[device_id], statistic) for name, (device_id, statistic) in ids.items()}
+
+
+def _measured(space_keys: Sequence[str], dataset_id: str, names: Collection[str]) -> Select[str]:
+    """Ids of the structures with a measurement of one of these latencies."""
+    return (
+        select(Result.structure_id)
+        .join(Structure, Structure.id == Result.structure_id)
+        .where(Structure.space_key.in_(space_keys), Result.dataset_id == dataset_id)
+        .where(or_(false(), *(Result.measured[name].as_float().is_not(None) for name in names)))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +135,7 @@ def best_results(
         select(Result)
         .join(Structure, Structure.id == Result.structure_id)
         .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys))
-        .where(*_within(budget, Structure.flops, Structure.parameters, Result.structure_id))
+        .where(*_within(budget, Structure, Result.structure_id, _names(session, budget), dataset_id))
     )
     for most, name, dense in (
         (sparse.flops, "sparse_flops", Structure.flops), (sparse.kept, "kept", Structure.parameters)
@@ -170,25 +202,30 @@ def _price(cost: str) -> Any:
     return StructureLatency.p90 if split_latency(cost)[1] is Statistic.P90 else StructureLatency.seconds
 
 
-def _candidates(space_key: str, dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
+def _candidates(
+    space_keys: Sequence[str], dataset_id: str, budget: Budget, names: Mapping[str, str] | None = None
+) -> Select[float, int, int, str]:
     return (
         select(Candidate.proxy_accuracy, Candidate.flops, Candidate.id, Candidate.structure_id)
-        .where(Candidate.space_key == space_key, Candidate.dataset_id == dataset_id)
-        .where(*_within(budget, Candidate.flops, Candidate.parameters, Candidate.structure_id))
+        .where(Candidate.space_key.in_(space_keys), Candidate.dataset_id == dataset_id)
+        .where(*_within(budget, Candidate, Candidate.structure_id, names or {}, dataset_id))
     )
 
 
-def _within(budget: Budget, flops: Any, parameters: Any, structure_id: Any) -> list[ColumnElement[bool]]:
-    bounds: list[ColumnElement[bool]] = []
-    if budget.flops is not None:
-        bounds.append(flops <= budget.flops)
-    if budget.parameters is not None:
-        bounds.append(parameters <= budget.parameters)
-    for name, seconds in budget.latencies.items():
-        latency = select(_price(name)).where(
-            StructureLatency.structure_id == structure_id, StructureLatency.device_id == split_latency(name)[0]
-        )
-        bounds.append(latency.scalar_subquery() <= seconds)
+def _within(
+    budget: Budget, counted: Any, structure_id: Any, names: Mapping[str, str], dataset_id: str
+) -> list[ColumnElement[bool]]:
+    """The bounds on rows that have FLOPs and parameters; latencies with a name (`_names`) as measured, if they were."""
+    bounds = [getattr(counted, name) <= most for name in COUNTS if (most := budget.bounds.get(name)) is not None]
+    for latency, seconds in budget.latencies.items():
+        here = (StructureLatency.structure_id == structure_id, StructureLatency.device_id == split_latency(latency)[0])
+        value: Any = select(_price(latency)).where(*here).scalar_subquery()
+        if latency in names:
+            tried = aliased(Result)
+            slowest = select(func.max(tried.measured[names[latency]].as_float()))
+            of_it = (tried.structure_id == structure_id, tried.dataset_id == dataset_id)
+            value = func.coalesce(slowest.where(*of_it).scalar_subquery(), value)
+        bounds.append(value <= seconds)
     return bounds
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import delete, insert, select
 
 from service import reconciler
 from service.store import devices, skybands, structures
-from service.store.models import Candidate, Pricing, Skyband, StructureLatency
+from service.store.models import Candidate, Pricing, Result, Role, Skyband, StructureLatency
 from service.store.session import snapshot, transaction
 from service.store.skybands import COUNTS, MEMBER, Place
 from service.store.structures import Budget
@@ -77,6 +77,44 @@ def check(rows: Rows, used: str) -> None:
                 budget = Budget(**{cost: int(1000 * most)}) if cost in COUNTS else Budget(latencies={cost: most})
                 found = structures.best_candidates(session, KEYS, dataset_id, budget, limit)
                 assert found == scan(rows, KEYS, budget, limit), (cost, most, limit)
+
+
+def measure(rows: Rows, shares: tuple[float, ...]) -> None:
+    """Measurements of the best structures, one share of their prediction each; some twice, where the slower counts."""
+    best = {row["structure_id"]: row for row in sorted(rows, key=lambda row: -row["proxy_accuracy"])}
+    ids = [id_ for id_, row in best.items() if row["seconds"] is not None]
+    with transaction() as session:
+        for share, id_ in zip(shares, ids, strict=False):
+            slow = {name: share * best[id_][name] for name in FIGURES}
+            measured = {"bench": slow["seconds"], "bench:p90": slow["p90"]}
+            for role, values in ((Role.WINNER, measured), (Role.FINALIST, {"bench": 1e-6}), (Role.UNIFORM, {})):
+                session.add(
+                    Result(
+                        job_id=best[id_]["job_id"], structure_id=id_, dataset_id=best[id_]["dataset_id"], role=role,
+                        test_accuracy=0.5, test_loss=1.0, settings={}, measured=values,
+                    )
+                )  # fmt: skip
+            for row in rows:
+                row |= slow if row["structure_id"] == id_ else {}
+
+
+def test_a_measurement_counts_and_not_the_prediction(database: str) -> None:
+    _, rows = fill(800)
+    price(rows, "first")
+    gather()
+    check(rows, ALWAYS)
+    measure(rows, 6 * (1.4, 0.5, 100.0))
+    check(rows, ALWAYS)
+    measured = {row["structure_id"]: row for row in rows}
+    with snapshot() as session:
+        device_id, dataset_id = devices.get(session, "bench").id, rows[0]["dataset_id"]
+        for most in (0.02, 0.2, 1.0):
+            budget = Budget(flops=700, latencies={device_id: most})
+            assert structures.best_candidates(session, KEYS, dataset_id, budget, 9) == scan(rows, KEYS, budget, 9)
+            tested = structures.best_results(session, KEYS, dataset_id, budget, 50, structures.Sparse())
+            ids = set(session.scalars(select(Result.structure_id)))
+            within = {i for i in ids if measured[i]["seconds"] <= most and measured[i]["flops"] <= 700}
+            assert {row.structure_id for row in tested} == within
 
 
 def test_structures_without_a_latency_keep_a_device_from_having_one(database: str) -> None:

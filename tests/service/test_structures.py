@@ -210,6 +210,23 @@ def test_best_over_http(client: TestClient) -> None:
     assert "bench" in client.get("/v1/structures/best", params=unknown).json()["detail"]
 
 
+def test_what_was_measured_above_a_bound_is_not_the_answer(client: TestClient) -> None:
+    job, judged = search(client)
+    channels = [list(SPACES[0].channels(one.encoding)) for one in judged]
+    with transaction() as session:
+        for i, seconds in ((4, 0.0051), (6, 0.0049)):
+            results.record(
+                session, jobs.get(session, job["id"]), SPACES[0], channels[i], Role.WINNER,
+                test_accuracy=0.7, test_loss=1.0, settings={}, measured={"bench": seconds},
+            )  # fmt: skip
+    query: dict[str, Any] = {**BENCH, "device": ["bench"], "max_latency_ms": [5.0]}
+    items = client.get("/v1/structures/best", params=query).json()["items"]
+    assert [item["channels"] for item in items] == [channels[i] for i in (6, 3, 2, 1, 0)]
+    assert (items[0]["measured_ms"], items[0]["predicted_ms"]["bench"]) == (pytest.approx({"bench": 4.9}), 7.0)
+    tested = client.get("/v1/structures/best", params=query | {"accuracy": "test"}).json()["items"]
+    assert [item["channels"] for item in tested] == [channels[6]]
+
+
 def test_fronts_over_http(client: TestClient) -> None:
     search(client)
     front = client.get("/v1/structures/pareto", params={**BENCH, "device": "bench"}).json()
