@@ -19,6 +19,7 @@ from latency_profiler.calibration import (
     Parts,
     calibration_networks,
     fit_networks,
+    fit_percentile,
     parts_of,
 )
 from latency_profiler.cost import Statistic
@@ -245,11 +246,19 @@ def _complete(profile: Profile, touched: set[str], open_keys: set[str]) -> bool:
 def _fit(session: Session, device: Device, space: Space) -> None:
     """Fit each statistic of a space from the networks of the current table; a table without a line keeps none."""
     table = measurements.load_table(session, device.name)
-    for statistic in Statistic:
-        _fit_statistic(session, device, space, table, statistic)
+    median = fit_networks(*_networks(session, device, space, table, Statistic.P50))
+    if median is None:
+        return
+    tail = fit_percentile(median, *_networks(session, device, space, table, Statistic.P90))
+    for statistic, fit in ((Statistic.P50, median), (Statistic.P90, tail)):
+        if fit is not None:
+            session.merge(TableFit(table_id=device.table_id, space_key=space.key, statistic=statistic, **asdict(fit)))
 
 
-def _fit_statistic(session: Session, device: Device, space: Space, table: LatencyTable, statistic: Statistic) -> None:
+def _networks(
+    session: Session, device: Device, space: Space, table: LatencyTable, statistic: Statistic
+) -> tuple[list[tuple[Parts, float]], list[tuple[Parts, float]], list[tuple[float, float]]]:
+    """The networks that were measured: to fit, held out, and measured again, as `fit_networks` takes them."""
     pairs: dict[str, list[tuple[Parts, float]]] = {FITTED: [], HELD_OUT: []}
     repeated: list[tuple[float, float]] = []
     for channels, purpose in calibration_networks(space):
@@ -263,5 +272,4 @@ def _fit_statistic(session: Session, device: Device, space: Space, table: Latenc
             repeated.append((seconds, again))
             seconds = (seconds + again) / 2
         pairs[purpose].append((parts_of(table, space, channels), seconds))
-    if (fit := fit_networks(pairs[FITTED], pairs[HELD_OUT], repeated)) is not None:
-        session.merge(TableFit(table_id=device.table_id, space_key=space.key, statistic=statistic, **asdict(fit)))
+    return pairs[FITTED], pairs[HELD_OUT], repeated

@@ -180,7 +180,7 @@ def load_table(session: Session, device_name: str, statistic: Statistic = Statis
     """The current table of a device: measured layers and fits; empty when no agent has come yet.
 
     The entries are medians whatever the statistic: what makes one run in ten slow happens to the machine, not to a
-    layer, so that a network's 90th percentile follows from the medians of its layers by a fit of its own.
+    layer, so that a network's 90th percentile follows from the medians of its layers (`calibration.fit_percentile`).
 
     Raises:
         NotFound: no device has this name.

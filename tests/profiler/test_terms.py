@@ -8,6 +8,7 @@ from latency_profiler.calibration import (
     Parts,
     calibration_networks,
     fit_networks,
+    fit_percentile,
     parts_of,
     sum_of_layers,
 )
@@ -81,6 +82,23 @@ def test_terms_that_do_not_help_are_left_out() -> None:
     assert fit is not None
     assert fit.terms == {}
     assert (fit.overhead, fit.slope) == (pytest.approx(1e-5, rel=0.2), pytest.approx(1.2, rel=0.02))
+
+
+def test_a_percentile_costs_beyond_the_median_what_its_runs_take_and_never_less() -> None:
+    networks = measured(Fit(1e-5, 1.2, 0, 0, 0, 0))
+    median = fit_networks(networks[::2], networks[1::2])
+    assert median is not None
+    least = min(seconds for _, seconds in networks)
+    slow = [(parts, least + 1.1 * seconds) for parts, seconds in networks]
+    tail = fit_percentile(median, slow[::2], slow[1::2])
+    assert tail is not None
+    assert tail.overhead - median.overhead == pytest.approx(least, rel=0.1)
+    assert tail.slope == pytest.approx(1.1 * median.slope, rel=0.02)
+    assert tail.mean_error < 0.01
+    lower = fit_percentile(median, [(parts, 0.8 * seconds) for parts, seconds in networks[::2]], networks[1::2])
+    assert lower is not None
+    assert (lower.overhead, lower.slope, lower.terms) == (median.overhead, median.slope, median.terms)
+    assert fit_percentile(median, [], []) is None
 
 
 def test_a_model_with_terms_equals_the_table_to_the_last_bit_and_has_a_digest_of_its_own() -> None:
