@@ -2,6 +2,7 @@
 
     secateurs datasets add cifar10 cifar10_images.tar.xz
     python benchmarks/gain.py mobilenet_v1_eighth --seeds 0 1 2
+    python benchmarks/gain.py mobilenet_v2_eighth --set '{"retraining": {"finalists": 8}}' --suffix _finalists
     python benchmarks/gain.py --table
 
 Each seed is two jobs of a running service with one PruningNet: evolution with the uniform width as its baseline, and
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--effort", default="standard")
     parser.add_argument("--set", default="{}", metavar="JSON", help='fields of the request, e.g. {"retraining": {}}')
+    parser.add_argument("--suffix", default="", help="of the result's file, for other settings than a cell's own")
     parser.add_argument("--without-random", action="store_true", help="leave random search out, which takes a third")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -67,7 +69,7 @@ def main() -> None:
         request = common | _request(client, CELLS[options.cell])
         for seed in options.seeds:
             jobs = run(client, _requests(request | {"seed": seed}, not options.without_random))
-            _store(options.cell, seed, dict(zip(("evolution", "random"), jobs, strict=False)))
+            _store(options.cell + options.suffix, seed, dict(zip(("evolution", "random"), jobs, strict=False)))
     _print_table()
 
 
@@ -88,11 +90,11 @@ def _requests(request: Json, random: bool) -> list[Json]:
     return [request, *([request | {"search": search, "baselines": False, "fidelity": {}}] if random else [])]
 
 
-def _store(cell: str, seed: int, jobs: dict[str, Json]) -> None:
-    path = RESULTS / f"gain_{cell}.json"
+def _store(name: str, seed: int, jobs: dict[str, Json]) -> None:
+    path = RESULTS / f"gain_{name}.json"
     seeds = json.loads(path.read_text())["seeds"] if path.exists() else {}
-    seeds[str(seed)] = {name: kept(job) for name, job in jobs.items()}
-    write(f"gain_{cell}", {"cell": cell, "seeds": seeds})
+    seeds[str(seed)] = {strategy: kept(job) for strategy, job in jobs.items()}
+    write(f"gain_{name}", {"cell": name, "seeds": seeds})
 
 
 def _print_table() -> None:
