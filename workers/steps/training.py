@@ -7,10 +7,9 @@ from typing import Any
 from service.store import blobs, jobs, pruning_nets
 from service.store.models import Job, JobState
 from service.store.session import transaction
-from workers import checkpoints
+from workers import checkpoints, sampling
 from workers.evaluation import Scorer
 from workers.pruning_net import PruningNet
-from workers.sampling import LEAST_WIDTH
 from workers.steps import trainers
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_JOB, MOVED, Outcome
@@ -101,7 +100,7 @@ def _scorer(context: Context, job: Job) -> Scorer:
 def _family(context: Context) -> str:
     """All that determines a PruningNet but its band."""
     training = {name: value for name, value in context.spec.training.model_dump().items() if name != "band"}
-    return _digest([context.space.key, context.dataset.id, training, context.spec.seed, LEAST_WIDTH])
+    return _digest([context.space.key, context.dataset.id, training, context.spec.seed, sampling.VERSION])
 
 
 def _band(context: Context, job: Job) -> tuple[float, float]:
