@@ -35,7 +35,7 @@ def test_every_sampled_structure_uses_the_budget_and_keeps_it(share: float) -> N
     assert len(found) == 50
     assert all(0.97 * share * FULL <= count <= share * FULL for count in counted)
     assert len(set(map(tuple, found.tolist()))) > 25
-    assert (found.std(axis=0) > 1).all()
+    assert (found.std(axis=0) > 0.8).all()
 
 
 def test_sampling_depends_on_its_generator_only() -> None:
@@ -54,6 +54,16 @@ def test_no_layer_of_a_random_structure_is_nearly_empty(share: float) -> None:
     channels = budget.channels(budget.sample(64, numpy_generator(2, "least")))
     assert len(channels) == 64
     assert channels.min() == LEAST_WIDTH
+
+
+def test_layers_are_widened_where_hardly_anything_that_is_drawn_has_enough_channels() -> None:
+    space = get_space("mobilenet_v2", 32, 0.5, 10, free_last=True)
+    least = flops(space.layers(space.channels(least_choices(np.array(space.choices)).tolist())))
+    budget = Budget(space, [Constraint(Metric.FLOPS, 1.1 * least)], {}, {}, least_share=0.97)
+    channels = budget.channels(budget.sample(64, numpy_generator(2, "scarce")))
+    assert len(channels) == 64
+    assert channels.min() == LEAST_WIDTH
+    assert len(np.unique(channels, axis=0)) > 50
 
 
 def test_a_budget_below_the_least_widths_is_sampled_all_the_same() -> None:
@@ -146,7 +156,7 @@ def test_samples_cover_the_genes_and_do_not_collapse(share: float) -> None:
     assert (widths.std(axis=0) > 0.1).all()
     for gene, choices in enumerate(SPACE.choices):
         distinct = len(set(choices))
-        assert len(np.unique(found[:, gene])) > 0.55 * distinct
+        assert len(np.unique(found[:, gene])) > 0.5 * distinct
         assert np.unique(found[:, gene], return_counts=True)[1].max() < 0.4 * len(found)
     differ = (found[:200, None] != found[None, :200]).mean()
     assert differ > 0.85
@@ -160,7 +170,7 @@ def test_samples_hold_structures_that_are_wide_early_and_such_that_are_wide_late
     half = found.shape[1] // 2
     lead = found[:, :half].mean(axis=1) - found[:, half:].mean(axis=1)
     assert (lead > 6).mean() > 0.1
-    assert (lead < -6).mean() > 0.1
+    assert (lead < -6).mean() > 0.08
     assert (np.abs(lead) < 2).mean() > 0.1
 
 
