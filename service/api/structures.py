@@ -67,6 +67,7 @@ class FoundStructure(StructureFacts):
     proxy_accuracy: float | None
     test_accuracy: float | None
     measured_ms: dict[str, float]
+    """By the job that trained it, and for a bound that was asked for now as the device's current table has it."""
     pruned: dict[str, Any] | None
     """Of a method that prunes single weights: `kept` of them and `sparse_flops`, which dense runtimes do not gain from:
     `flops` and `measured_ms` are those of the dense tensors."""
@@ -141,8 +142,8 @@ def best(
 ) -> FoundList:
     """The most accurate structures within all bounds; each `device` has its `max_latency_ms` at the same place.
 
-    Latencies are those of the median run, or with `statistic` of nine of ten runs: measured ones of a network that was
-    trained on this dataset and measured (the slowest, where several were), else predicted ones.
+    Latencies are those of the median run, or with `statistic` of nine of ten runs: measured ones of a network that the
+    device's current table has as a whole (the last one, where there are several), else predicted ones.
 
     `proxy` ranks every candidate by its accuracy with PruningNet's weights. `test` ranks what was trained, of each
     structure the best of each method, side by side; only there can `method`, `max_sparse_flops` and `max_kept` (weights
@@ -161,10 +162,17 @@ def best(
         if accuracy == "test":
             sparse = structures.Sparse(max_sparse_flops, max_kept)
             tested = structures.best_results(session, keys, dataset_id, budget, limit, sparse, method)
-            return FoundList(items=_show_tested(session, tested))
-        hits = structures.best_candidates(session, keys, dataset_id, budget, limit)
-        found = {hit.structure_id: hit.found for hit in hits}
-        return FoundList(items=_show(session, list(found), found, dataset_id))
+            items = _show_tested(session, tested)
+        else:
+            hits = structures.best_candidates(session, keys, dataset_id, budget, limit)
+            found = {hit.structure_id: hit.found for hit in hits}
+            items = _show(session, list(found), found, dataset_id)
+        measured = structures.measured(session, keys, latencies)
+    shown = {latency_name(id_, statistic): latency_name(name, statistic) for name, id_ in ids.items()}
+    for item in items:
+        seconds = measured.get(item.structure_id, {})
+        item.measured_ms |= milliseconds({shown[latency]: took for latency, took in seconds.items()})
+    return FoundList(items=items)
 
 
 @router.get("/pareto", responses=responses(404))

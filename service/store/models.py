@@ -290,6 +290,7 @@ class Measurement(Base):
     __tablename__ = "measurements"
     __table_args__ = (
         UniqueConstraint("table_id", "kind", "key"),
+        Index("ix_measurements_seconds", "table_id", "kind", "key", "seconds", "p90"),
         ForeignKeyConstraint(
             ["table_id", "fingerprint_id"], ["lookup_tables.id", "lookup_tables.fingerprint_id"], ondelete="CASCADE"
         ),

@@ -4,25 +4,39 @@ One bound is answered from a skyband (`skybands`), however tight it is. "Best un
 the index `ix_candidates_best` from the best accuracy down and stops when it has enough: where many structures satisfy
 the budget it reads a few rows, and it never reads the table itself. Equal accuracies are ordered by FLOPs, then by age.
 
-Where a structure was measured on a device after its training, that counts under a bound there, and not its prediction.
+Where a device's current table has a measurement of the whole network, that counts under a bound there, and not the
+prediction.
 """
 
 import heapq
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, false, func, or_, select, tuple_
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select, tuple_
+from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Statistic, latency_name, split_latency
 from latency_profiler.errors import NotFound
 from service.store import skybands
-from service.store.models import Candidate, Dataset, Device, Job, Result, Structure, StructureLatency
+from service.store.models import (
+    Candidate,
+    Dataset,
+    Device,
+    Job,
+    Measurement,
+    Result,
+    Structure,
+    StructureLatency,
+    WorkKind,
+)
 from service.store.skybands import COUNTS, Members, Place
 
 CHUNK = 64
+MOST_MEASURED = 20_000
+"""Of a device's measured networks, so many are known here, the last ones: a database takes no longer list."""
 SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
 
 
@@ -68,12 +82,11 @@ def best_candidates(
     session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int
 ) -> list[Hit]:
     """The distinct structures of highest proxy accuracy within a budget, best first."""
-    names = _names(session, budget)
-    measured = _measured(space_keys, dataset_id, names.values())
-    tried = set(session.scalars(measured)) if names else set()
-    found = [_best(session, key, dataset_id, budget, limit, tried) for key in space_keys]
-    if tried:
-        query = _candidates(space_keys, dataset_id, budget, names).where(Candidate.structure_id.in_(measured))
+    known, holding = _measured(session, space_keys, budget)
+    found = [_best(session, key, dataset_id, budget, limit, known) for key in space_keys]
+    if holding:
+        counted = Budget(budget.flops, budget.parameters)
+        query = _candidates(space_keys, dataset_id, counted).where(Candidate.structure_id.in_(holding))
         found.append(iter(sorted((Hit(*row) for row in session.execute(query)), key=_rank)))
     hits: dict[str, Hit] = {}
     for hit in heapq.merge(*found, key=_rank):
@@ -84,38 +97,60 @@ def best_candidates(
 
 
 def _best(
-    session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int, tried: Set[str]
+    session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int, known: Set[str]
 ) -> Iterator[Hit]:
-    """At least so many structures within a budget by their predictions, best first, if there are so many untried."""
+    """At least so many structures that are predicted within a budget and not `known` by measurement, best first."""
     if len(budget.bounds) == 1:
         [(cost, most)] = budget.bounds.items()
         members = skybands.read(session, Place(space_key, dataset_id, cost))
         if members is not None:
             chosen = members[members["cost"] <= most][: skybands.MOST].tolist()
             hits = [Hit(accuracy, flops, found, id_.decode()) for accuracy, flops, found, _, id_ in chosen]
-            hits = [hit for hit in hits if hit.structure_id not in tried]
+            hits = [hit for hit in hits if hit.structure_id not in known]
             if len(hits) >= limit or len(chosen) < skybands.MOST:
                 return iter(hits)
     walk = _walk(session, _candidates([space_key], dataset_id, budget), max(CHUNK, 2 * limit))
-    return (hit for hit in walk if hit.structure_id not in tried)
+    return (hit for hit in walk if hit.structure_id not in known)
 
 
-def _names(session: Session, budget: Budget) -> dict[str, str]:
-    """Latency of a budget → the same with the device's name in it, as results name it."""
-    ids = {name: split_latency(name) for name in budget.latencies}
-    devices = select(Device.id, Device.name).where(Device.id.in_([device_id for device_id, _ in ids.values()]))
-    names = {device_id: name for device_id, name in session.execute(devices)} if ids else {}
-    return {name: latency_name(names[device_id], statistic) for name, (device_id, statistic) in ids.items()}
+def measured(session: Session, space_keys: Collection[str], latencies: Collection[str]) -> dict[str, dict[str, float]]:
+    """Structure id → latency → seconds of whole networks in the devices' current tables; of several the last counts."""
+    found: dict[str, dict[str, float]] = {}
+    for latency in latencies:
+        device_id, statistic = split_latency(latency)
+        seconds = Measurement.p90 if statistic is Statistic.P90 else Measurement.seconds
+        query = (
+            select(Measurement.id, Measurement.key, seconds)
+            .join(Device, Device.table_id == Measurement.table_id)
+            .where(Device.id == device_id, Measurement.kind == WorkKind.NETWORK, seconds.is_not(None))
+            .order_by(Measurement.id.desc())
+            .limit(MOST_MEASURED)
+        )
+        for _, key, took in session.execute(query):
+            space_key, structure_id, _ = key.split("|", 2)
+            if space_key in space_keys and took is not None:
+                found.setdefault(structure_id, {}).setdefault(latency, took)
+    return found
 
 
-def _measured(space_keys: Sequence[str], dataset_id: str, names: Collection[str]) -> Select[str]:
-    """Ids of the structures with a measurement of one of these latencies."""
-    return (
-        select(Result.structure_id)
-        .join(Structure, Structure.id == Result.structure_id)
-        .where(Structure.space_key.in_(space_keys), Result.dataset_id == dataset_id)
-        .where(or_(false(), *(Result.measured[name].as_float().is_not(None) for name in names)))
+def _measured(session: Session, space_keys: Collection[str], budget: Budget) -> tuple[Set[str], list[str]]:
+    """Ids of the structures that were measured, and of those that hold a budget's latencies (else as predicted)."""
+    known = measured(session, space_keys, budget.latencies)
+    if not known:
+        return set(), []
+    seconds: dict[tuple[str, str], float] = {}
+    devices = {split_latency(latency)[0] for latency in budget.latencies}
+    query = select(StructureLatency).where(
+        StructureLatency.structure_id.in_(known), StructureLatency.device_id.in_(devices)
     )
+    for row in session.scalars(query) if len(budget.latencies) > 1 else ():
+        for statistic, value in ((Statistic.P50, row.seconds), (Statistic.P90, row.p90)):
+            if value is not None:
+                seconds[row.structure_id, latency_name(row.device_id, statistic)] = value
+    seconds |= {(id_, latency): took for id_, figures in known.items() for latency, took in figures.items()}
+    bounds = budget.latencies.items()
+    holding = [id_ for id_ in known if all(seconds.get((id_, name), math.inf) <= most for name, most in bounds)]
+    return known.keys(), holding
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +166,13 @@ def best_results(
     methods: Sequence[str] | None = None,
 ) -> list[Result]:  # fmt: skip
     """Trained networks of highest test accuracy within a budget, best first: of each structure the best per method."""
+    known, holding = _measured(session, space_keys, budget)
+    counts, latencies = _counted(budget, Structure), _predicted(budget, Result.structure_id)
     query = (
         select(Result)
         .join(Structure, Structure.id == Result.structure_id)
-        .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys))
-        .where(*_within(budget, Structure, Result.structure_id, _names(session, budget), dataset_id))
+        .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys), *counts)
+        .where(or_(Result.structure_id.in_(holding), and_(Result.structure_id.not_in(known), *latencies)))
     )
     for most, name, dense in (
         (sparse.flops, "sparse_flops", Structure.flops), (sparse.kept, "kept", Structure.parameters)
@@ -202,30 +239,26 @@ def _price(cost: str) -> Any:
     return StructureLatency.p90 if split_latency(cost)[1] is Statistic.P90 else StructureLatency.seconds
 
 
-def _candidates(
-    space_keys: Sequence[str], dataset_id: str, budget: Budget, names: Mapping[str, str] | None = None
-) -> Select[float, int, int, str]:
+def _candidates(space_keys: Sequence[str], dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
     return (
         select(Candidate.proxy_accuracy, Candidate.flops, Candidate.id, Candidate.structure_id)
         .where(Candidate.space_key.in_(space_keys), Candidate.dataset_id == dataset_id)
-        .where(*_within(budget, Candidate, Candidate.structure_id, names or {}, dataset_id))
+        .where(*_counted(budget, Candidate), *_predicted(budget, Candidate.structure_id))
     )
 
 
-def _within(
-    budget: Budget, counted: Any, structure_id: Any, names: Mapping[str, str], dataset_id: str
-) -> list[ColumnElement[bool]]:
-    """The bounds on rows that have FLOPs and parameters; latencies with a name (`_names`) as measured, if they were."""
-    bounds = [getattr(counted, name) <= most for name in COUNTS if (most := budget.bounds.get(name)) is not None]
-    for latency, seconds in budget.latencies.items():
-        here = (StructureLatency.structure_id == structure_id, StructureLatency.device_id == split_latency(latency)[0])
-        value: Any = select(_price(latency)).where(*here).scalar_subquery()
-        if latency in names:
-            tried = aliased(Result)
-            slowest = select(func.max(tried.measured[names[latency]].as_float()))
-            of_it = (tried.structure_id == structure_id, tried.dataset_id == dataset_id)
-            value = func.coalesce(slowest.where(*of_it).scalar_subquery(), value)
-        bounds.append(value <= seconds)
+def _counted(budget: Budget, table: Any) -> list[ColumnElement[bool]]:
+    bounds = ((table.flops, budget.flops), (table.parameters, budget.parameters))
+    return [column <= most for column, most in bounds if most is not None]
+
+
+def _predicted(budget: Budget, structure_id: Any) -> list[ColumnElement[bool]]:
+    bounds: list[ColumnElement[bool]] = []
+    for name, seconds in budget.latencies.items():
+        latency = select(_price(name)).where(
+            StructureLatency.structure_id == structure_id, StructureLatency.device_id == split_latency(name)[0]
+        )
+        bounds.append(latency.scalar_subquery() <= seconds)
     return bounds
 
 

@@ -11,10 +11,10 @@ from sqlalchemy import event, insert, text
 from latency_profiler.spaces.registry import get_space
 from service.settings import get_settings
 from service.specs import JobRequest
-from service.store import candidates, datasets, devices, jobs, results, structures
+from service.store import candidates, datasets, devices, jobs, measurements, results, structures
 from service.store.blobs import blob_path, register
 from service.store.candidates import Judged, record_generation
-from service.store.models import Candidate, Role, Structure, StructureLatency
+from service.store.models import Candidate, LookupTable, Measurement, Role, Structure, StructureLatency, WorkKind
 from service.store.session import get_engine, snapshot, transaction
 from service.store.structures import Budget, Hit, Point
 
@@ -213,17 +213,27 @@ def test_best_over_http(client: TestClient) -> None:
 def test_what_was_measured_above_a_bound_is_not_the_answer(client: TestClient) -> None:
     job, judged = search(client)
     channels = [list(SPACES[0].channels(one.encoding)) for one in judged]
+    space, bound = SPACES[0], {"device": ["bench"], "max_latency_ms": [5.0]}
     with transaction() as session:
+        device = devices.get(session, "bench")
+        table = session.get_one(LookupTable, measurements.open_table(session, device, {}))
+        measurements.switch(session, device, table.id)
         for i, seconds in ((4, 0.0051), (6, 0.0049)):
-            results.record(
-                session, jobs.get(session, job["id"]), SPACES[0], channels[i], Role.WINNER,
-                test_accuracy=0.7, test_loss=1.0, settings={}, measured={"bench": seconds},
+            session.add(
+                Measurement(
+                    table_id=table.id, fingerprint_id=table.fingerprint_id, kind=WorkKind.NETWORK, payload={},
+                    key=f"{space.key}|{space.digest(channels[i])}|verify", seconds=seconds, iqr=0.0, steady=True,
+                    values=[], conditions={}, upload_id="0",
+                )
             )  # fmt: skip
-    query: dict[str, Any] = {**BENCH, "device": ["bench"], "max_latency_ms": [5.0]}
-    items = client.get("/v1/structures/best", params=query).json()["items"]
+            results.record(
+                session, jobs.get(session, job["id"]), space, channels[i], Role.WINNER,
+                test_accuracy=0.7, test_loss=1.0, settings={}, measured={"bench": 0.001},
+            )  # fmt: skip
+    items = client.get("/v1/structures/best", params={**BENCH, **bound}).json()["items"]
     assert [item["channels"] for item in items] == [channels[i] for i in (6, 3, 2, 1, 0)]
     assert (items[0]["measured_ms"], items[0]["predicted_ms"]["bench"]) == (pytest.approx({"bench": 4.9}), 7.0)
-    tested = client.get("/v1/structures/best", params=query | {"accuracy": "test"}).json()["items"]
+    tested = client.get("/v1/structures/best", params={**BENCH, **bound, "accuracy": "test"}).json()["items"]
     assert [item["channels"] for item in tested] == [channels[6]]
 
 
