@@ -26,7 +26,7 @@ from platformdirs import user_state_path
 
 from latency_profiler.client import Client
 from latency_profiler.device import agent_version, fingerprint, host
-from latency_profiler.errors import InvalidInput, SecateursError, ServiceError
+from latency_profiler.errors import InvalidInput, NoMeasuringProcess, SecateursError, ServiceError
 from latency_profiler.isolation import LOOK_SECONDS, PATIENCE, Bench, Turn
 from latency_profiler.measuring import measure_groups
 from latency_profiler.runtimes.base import DTYPES, Settings, names, open_runtime
@@ -101,6 +101,7 @@ class Agent:
 
         Raises:
             ServiceError: the service refuses this agent, or, with `once`, it is away.
+            NoMeasuringProcess: with `once`, nothing can be measured now.
         """
         try:
             self._run()
@@ -114,8 +115,8 @@ class Agent:
             try:
                 idle = self._round()
                 failures = 0
-            except ServiceError as error:
-                if self._options.once or not temporary(error):
+            except (ServiceError, NoMeasuringProcess) as error:
+                if self._options.once or (isinstance(error, ServiceError) and not temporary(error)):
                     raise
                 failures += 1
                 idle = pause(failures)
@@ -256,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(given.threads, given.batch, given.dtype)
         token = read_token(given.token, given.token_file)
         run(Options(given.server, given.device, token, given.runtime, settings, given.spool, given.once))
-    except SecateursError as error:
+    except (SecateursError, OSError) as error:  # of the spool: a full disk, a file where a folder should be
         log.error("%s", error)
         return 1
     return 0

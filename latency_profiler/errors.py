@@ -17,6 +17,7 @@ SecateursError
 ├── NotCalibrated                a lookup table has no whole networks from which a percentile would follow
 ├── MeasurementFailed            a layer could not be measured; the reason is data
 ├── RuntimeUnavailable           the runtime's package is not installed
+├── NoMeasuringProcess           the process that measures does not start now
 └── ServiceError                 the service answered with a problem document
     └── ServiceUnreachable       it did not answer at all
 """
@@ -185,6 +186,18 @@ class RuntimeUnavailable(SecateursError):
         self.runtime = runtime
         how = f"install it with: pip install 'secateurs[{runtime}]'"
         super().__init__(f"runtime {runtime!r} is not available ({reason}); {how}")
+
+
+class NoMeasuringProcess(SecateursError):
+    """The process that measures did not start: no layer is to blame, and later it may.
+
+    Attributes:
+        runtime: the runtime's name.
+    """
+
+    def __init__(self, runtime: str, reason: str) -> None:
+        self.runtime = runtime
+        super().__init__(f"the process that measures with {runtime!r} {reason} before it was ready")
 
 
 class ServiceError(SecateursError):

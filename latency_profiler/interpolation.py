@@ -5,6 +5,7 @@ measured. Kernels have steps: where widths that are multiples of some number are
 those that are, or are not, multiples as it is.
 """
 
+import heapq
 import math
 from bisect import bisect_left
 from collections import defaultdict
@@ -21,6 +22,9 @@ LEAST_GAIN, LEAST_ERROR = 0.15, 1e-6
 kernels that were seen to have steps 0.2 to 0.75); and the error, as a share, below which all is rounding."""
 ALIKE = 1.03
 """Of alignments whose errors differ by no more than this, the smallest are taken."""
+NEAREST = 128
+"""Measured inputs on either side of one among which a cell is looked for, and narrowest widths of a diagonal by which
+its steps are told: spaces hardly have more, and in a table with tens of thousands a layer is priced in a moment."""
 TINY = 1e-12
 """Seconds that a layer counts at least where logarithms are taken."""
 
@@ -39,6 +43,7 @@ class Family:
 
     def _forget(self) -> None:
         self._tied: int | None = None
+        self._tied_widths: list[int] | None = None
         self._aligned: Cell | None = None
         self._classes: dict[tuple[bool, bool], Family] = {}
         self._pairs: dict[int, list[Cell]] = {}
@@ -112,7 +117,7 @@ class Family:
     def _alignment(self) -> int:
         """The number whose multiples have a faster kernel: that with which measured widths are interpolated best."""
         if self._tied is None:
-            widths = self._diagonal()
+            widths = self._diagonal()[:NEAREST]
             self._tied = min(ALIGNMENTS, key=lambda alignment: self._left_out(widths, alignment))
         return self._tied
 
@@ -136,10 +141,10 @@ class Family:
         return found
 
     def _sides(self, c_in: int) -> list[Cell]:
-        """Pairs of measured inputs around an input, the narrowest first."""
+        """Pairs of measured inputs around an input, the narrowest first, of the `NEAREST` on either side."""
         if c_in not in self._pairs:
-            below = [i for i in self._rows if i <= c_in]
-            above = [i for i in self._rows if i >= c_in]
+            below = heapq.nlargest(NEAREST, (i for i in self._rows if i <= c_in))
+            above = heapq.nsmallest(NEAREST, (i for i in self._rows if i >= c_in))
             self._pairs[c_in] = sorted(product(below, above), key=lambda pair: (pair[1] - pair[0], pair))
         return self._pairs[c_in]
 
@@ -150,7 +155,9 @@ class Family:
         return self._outputs[a, b]
 
     def _diagonal(self) -> list[int]:
-        return sorted(i for i, o in self.points if i == o)
+        if self._tied_widths is None:
+            self._tied_widths = sorted(i for i, o in self.points if i == o)
+        return self._tied_widths
 
 
 def alignments_of(points: Mapping[Cell, float]) -> Cell:

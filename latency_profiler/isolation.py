@@ -21,13 +21,17 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from latency_profiler.errors import MeasurementFailed
+from latency_profiler.errors import MeasurementFailed, NoMeasuringProcess
 from latency_profiler.measuring import failure, measure_group, yardstick_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 
 Json = dict[str, Any]
 PATIENCE = 300.0
-"""Seconds for a group, its loading included: compilers take minutes, and nothing that is measured takes so long."""
+"""Seconds without a sign of progress: compilers take minutes, and no layer or value takes so long."""
+ALIVE = b"alive"
+"""What the process says when it is ready, and while it measures; results come as JSON."""
+ALIVE_SECONDS = 1.0
+"""How often it says so while it measures, at most."""
 LOOK_SECONDS = 1.0
 """How often somebody who waits looks around."""
 PR_SET_PDEATHSIG = 1
@@ -40,7 +44,7 @@ class Bench:
     Args:
         runtime: its name.
         settings: how it computes.
-        patience: seconds after which a group hangs.
+        patience: seconds without progress after which a group hangs.
         waiting: called about every second while something is measured.
     """
 
@@ -56,7 +60,11 @@ class Bench:
         self._line: Connection | None = None
 
     def measure(self, items: Sequence[Json], seed: int) -> list[Json]:
-        """Results of a group. If the process is lost over it, each item is tried alone: the guilty one has failed."""
+        """Results of a group. If the process is lost over it, each item is tried alone: the guilty one has failed.
+
+        Raises:
+            NoMeasuringProcess: none starts, whatever it shall measure.
+        """
         try:
             return self._ask({"items": list(items), "seed": seed})
         except MeasurementFailed as error:
@@ -78,27 +86,44 @@ class Bench:
         line = self._open()
         try:
             line.send_bytes(json.dumps(task).encode())
-            deadline = time.monotonic() + self._patience
-            while not line.poll(LOOK_SECONDS):
-                if time.monotonic() > deadline:
-                    self.close()
-                    raise MeasurementFailed(f"the measuring process hung for {self._patience:g} s and was killed")
-                self.waiting()
-            results: list[Json] = json.loads(line.recv_bytes())
+            while (said := self._heard(line, self._patience)) == ALIVE:
+                pass
+            results: list[Json] = json.loads(said)
         except (EOFError, OSError) as error:
             raise MeasurementFailed(f"the measuring process {self._end()}") from error
         return results
 
+    def _heard(self, line: Connection, patience: float) -> bytes:
+        """The next that the process says.
+
+        Raises:
+            MeasurementFailed: it says nothing for too long.
+        """
+        deadline = time.monotonic() + patience
+        while not line.poll(LOOK_SECONDS):
+            if time.monotonic() > deadline:
+                self.close()
+                raise MeasurementFailed(f"the measuring process hung for {patience:g} s and was killed")
+            self.waiting()
+        return line.recv_bytes()
+
     def _open(self) -> Connection:
-        if self._line is None:
-            self._line, theirs = Pipe()
-            about = [self._runtime, json.dumps(asdict(self._settings))]
-            command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *about]
+        if self._line is not None:
+            return self._line
+        line, theirs = Pipe()
+        about = [self._runtime, json.dumps(asdict(self._settings))]
+        command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *about]
+        try:
             with theirs:
                 self._process = subprocess.Popen(
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
                 )
-        return self._line
+            self._heard(line, PATIENCE)  # that it is ready
+        except (EOFError, OSError, MeasurementFailed) as error:
+            line.close()
+            raise NoMeasuringProcess(self._runtime, self._end()) from error
+        self._line = line
+        return line
 
     def _end(self) -> str:
         """How the process ended, which has hung up."""
@@ -161,14 +186,20 @@ def _open_shared(file: Path) -> int | None:
 def _serve(line: Connection, runtime: str, settings: Settings) -> None:
     """Measure group after group until the agent hangs up."""
     opened = open_runtime(runtime, settings)
-    yardstick = yardstick_of(opened)
-    while True:
-        try:
+    yardstick, last = yardstick_of(opened), 0.0
+
+    def alive() -> None:
+        nonlocal last
+        if time.monotonic() > last + ALIVE_SECONDS:
+            line.send_bytes(ALIVE)
+            last = time.monotonic()
+
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        alive()
+        while True:
             task = json.loads(line.recv_bytes())
-            results = measure_group(opened, task["items"], task["seed"], yardstick)
+            results = measure_group(opened, task["items"], task["seed"], yardstick, alive)
             line.send_bytes(json.dumps(results).encode())
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return
 
 
 def main(arguments: Sequence[str]) -> None:

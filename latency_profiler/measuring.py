@@ -103,13 +103,22 @@ class Difference:
     rest: Series | None
 
 
-def measure_group(runtime: Runtime, items: Sequence[Json], seed: int, yardstick: Pace | None = None) -> list[Json]:
-    """Results of items that are loaded and timed together."""
+def measure_group(
+    runtime: Runtime,
+    items: Sequence[Json],
+    seed: int,
+    yardstick: Pace | None = None,
+    advanced: Callable[[], None] = lambda: None,
+) -> list[Json]:
+    """Results of items that are loaded and timed together; `advanced` is called after each load and each value."""
     empty = Series(runtime.empty_run())
-    loaded = [_load(runtime, item, empty) for item in items]
+    loaded = []
+    for item in items:
+        loaded.append(_load(runtime, item, empty))
+        advanced()
     pairs = [one for one in loaded if isinstance(one, Difference)]
     frames = (one.rest for one in pairs if one.rest is not None and one.rest is not empty)
-    interleave([empty, *(one.whole for one in pairs), *frames], np.random.default_rng(seed), yardstick)
+    interleave([empty, *(one.whole for one in pairs), *frames], np.random.default_rng(seed), yardstick, advanced)
     name = f"{runtime.name} {runtime.version}"
     best = None if yardstick is None else yardstick.best
     return [_result(item, one, empty, name, best) for item, one in zip(items, loaded, strict=True)]

@@ -57,7 +57,11 @@ def _latency(
     price = table.price(space, channels)
     total = sum(layer.seconds for layer in price.layers)
     latencies = [
-        {"latency_ms": layer.seconds * 1000, "share": layer.seconds / total, "interpolated": layer.interpolated}
+        {
+            "latency_ms": layer.seconds * 1000,
+            "share": layer.seconds / total if total else 0.0,
+            "interpolated": layer.interpolated,
+        }
         for layer in price.layers
     ]
     return {

@@ -22,9 +22,14 @@ def to_csv(entries: Iterable[Mapping[str, Any]]) -> str:
         conditions = entry.get("conditions") or {}
         cells = [entry["layer"][name] for name in Layer.__dataclass_fields__]
         cells += [entry.get(name) for name in FIGURES] + [conditions.get(name) for name in CONDITIONS]
-        series = (conditions.get("outliers") or (), entry.get("values") or ())
-        writer.writerow([_cell(cell) for cell in cells] + [" ".join(map(str, values)) for values in series])
+        writer.writerow([*map(_cell, cells), _series(conditions.get("outliers")), _series(entry.get("values"))])
     return out.getvalue()
+
+
+def _series(values: Any) -> str:
+    """Numbers in one cell; whatever else stands in a condition is no series."""
+    numbers = values if isinstance(values, list | tuple) else ()
+    return " ".join(str(value) for value in numbers if isinstance(value, int | float))
 
 
 def _cell(value: Any) -> Any:

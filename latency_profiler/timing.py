@@ -243,12 +243,21 @@ class Series:
         return bool(NOTCH * (high - low) / len(counted) ** 0.5 <= self.effort.steady_share * median)
 
 
-def interleave(series: Sequence[Series], rng: np.random.Generator, pace: Pace | None = None) -> None:
-    """Advance several series round by round until each is done, waiting for quiet moments if `pace` tells of them."""
+def interleave(
+    series: Sequence[Series],
+    rng: np.random.Generator,
+    pace: Pace | None = None,
+    advanced: Callable[[], None] = lambda: None,
+) -> None:
+    """Advance several series round by round until each is done, waiting for quiet moments if `pace` tells of them.
+
+    `advanced` is called after every value.
+    """
     until = pace.now() + QUIET_PATIENCE if pace is not None else 0.0
     while waiting := [one for one in series if not one.done]:
         for i in rng.permutation(len(waiting)):
             waiting[i].advance(pace, until)
+            advanced()
 
 
 def measure(subject: Subject, effort: Effort = LAYER) -> Timing:

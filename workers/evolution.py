@@ -274,9 +274,8 @@ class Nursery:
         for _ in range(ROUNDS):
             if len(self.born) >= size:
                 return
-            litter = breed()
-            if not litter:
-                return
+            if not (litter := breed()):
+                continue
             keep = self._feasible(genes_of([one.encoding for one in litter]))
             for one, kept in zip(litter, keep, strict=True):
                 if kept and one.encoding not in self._known and len(self.born) < size:

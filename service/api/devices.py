@@ -48,7 +48,7 @@ def _storable_facts(facts: dict[str, Any]) -> dict[str, Any]:
 
 Text = Annotated[str, AfterValidator(_storable)]
 Facts = Annotated[dict[str, Any], AfterValidator(_storable_facts)]
-Seconds = Annotated[float, Field(gt=0, lt=1000)]
+Seconds = Annotated[float, Field(ge=1e-12, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(ge=0, lt=1000)]
 
@@ -249,6 +249,7 @@ def profile(device: DevicePath, request: ProfileRequest, _caller: Submitter) -> 
     """Have the layers of a space measured; asking again gives what failed another chance."""
     with transaction() as session:
         row = devices.get(session, device)
+        devices.lock(session, row)
         if request.again:
             measurements.measure_anew(session, row)
         wanted = measurements.request_profile(

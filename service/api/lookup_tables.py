@@ -19,8 +19,8 @@ from service.fields import Model
 from service.store import devices, exchange, measurements
 from service.store.session import snapshot, transaction
 
-LARGEST_TABLE = 32 << 20
-"""Bytes of an imported table."""
+LARGEST_TABLE = 128 << 20
+"""Bytes of an imported table: its most entries, with their values and conditions."""
 router = APIRouter(prefix="/devices", tags=["devices"])
 SpaceKey = Annotated[Text, Field(max_length=100)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
@@ -98,7 +98,7 @@ class TableBody(Model):
     """A lookup table, as `secateurs devices export` writes it. All times are seconds."""
 
     device: Annotated[Text, Field(max_length=100)]
-    fingerprint: Annotated[Text, Field(max_length=100)]
+    fingerprint: Annotated[Text, Field(max_length=200)]
     facts: Annotated[Facts, Field(description="what the fingerprint is of", default_factory=dict)]
     entries: Annotated[list[EntryBody], Field(max_length=100_000)]
     networks: Annotated[list[NetworkBody], Field(max_length=10_000, default_factory=list)]

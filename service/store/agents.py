@@ -6,7 +6,7 @@ repeated while its first answer is on the way finds that answer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from sqlalchemy import insert, select
@@ -200,11 +200,20 @@ def _measured(table: LookupTable, item: Work, outcome: Outcome, upload_id: str) 
 
 
 def _p90(outcome: Outcome) -> float:
-    """What the agent says of its single runs, else the percentile of the values; less what `seconds` is less."""
-    p90 = outcome.conditions.get("p90")
-    if not (isinstance(p90, int | float) and 0 < p90 < MOST_SECONDS):
+    """What the agent says of its single runs, else the percentile of the values; less what is not the item's own.
+
+    That is what the agent says (`rest`; nothing for a network), else by what `seconds` is less than the values.
+    """
+    p90, rest = (outcome.conditions.get(name) for name in ("p90", "rest"))
+    if not _is_seconds(p90):
         p90 = float(np.percentile(outcome.values, 90))
-    return max(outcome.seconds, p90 - (float(np.median(outcome.values)) - outcome.seconds))
+    if not _is_seconds(rest):
+        rest = 0.0 if "rest" in outcome.conditions else float(np.median(outcome.values)) - outcome.seconds
+    return max(outcome.seconds, p90 - rest)
+
+
+def _is_seconds(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and 0 < value < MOST_SECONDS
 
 
 def _settle(session: Session, device: Device, touched: set[str]) -> bool:

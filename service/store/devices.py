@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import delete as remove
 from sqlalchemy import select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Statistic, latency_name
@@ -79,14 +79,26 @@ def delete(session: Session, name: str) -> None:
 
 
 def lock(session: Session, device: Device) -> None:
-    """Lock a device until the commit and read it again: whoever changes its tables or work takes turns."""
-    session.refresh(device, with_for_update=True)
+    """Lock a device until the commit and read it again: whoever changes its tables or work takes turns.
+
+    Raises:
+        NotFound: somebody has deleted it.
+    """
+    _refresh(session, device, with_for_update=True)
 
 
 def beat(session: Session, device: Device) -> None:
     """Lock a device like `lock`, and note that its agent was heard."""
     session.execute(update(Device).where(Device.id == device.id).values(beat_at=now()))
-    session.refresh(device)
+    _refresh(session, device)
+
+
+def _refresh(session: Session, device: Device, *, with_for_update: bool = False) -> None:
+    name = device.name
+    try:
+        session.refresh(device, with_for_update=with_for_update)
+    except InvalidRequestError as error:
+        raise NotFound("device", name) from error
 
 
 def alive(session: Session, device: Device) -> bool:

@@ -351,6 +351,11 @@ def _for_jobs(profile: Profile) -> bool:
     return profile.mode == ON_DEMAND or (profile.mode == "sampled" and profile.points == SAMPLED)
 
 
+def is_measured(session: Session, device: Device) -> bool:
+    """Whether an agent fills the current table."""
+    return _measured_table(session, device) is not None
+
+
 def _measured_table(session: Session, device: Device) -> str | None:
     """Id of the current table if an agent fills it: nobody can add to an imported one."""
     fingerprint = current_fingerprint(session, device)

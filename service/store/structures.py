@@ -127,7 +127,8 @@ def measured(session: Session, space_keys: Collection[str], latencies: Collectio
             .limit(MOST_MEASURED)
         )
         for _, key, took in session.execute(query):
-            space_key, structure_id, _ = key.split("|", 2)
+            space_key, _, structure = key.partition("|")
+            structure_id = structure.partition("|")[0]
             if space_key in space_keys and took is not None:
                 found.setdefault(structure_id, {}).setdefault(latency, took)
     return found

@@ -15,6 +15,7 @@ import pytest
 
 from latency_profiler import isolation
 from latency_profiler.agent import Agent, Options
+from latency_profiler.errors import NoMeasuringProcess
 from latency_profiler.isolation import Bench, Turn
 from latency_profiler.runtimes.base import Settings
 from tests.profiler.test_agent import Service, layer_item
@@ -24,13 +25,20 @@ import os, signal, time
 from latency_profiler.runtimes.simulated import Simulated
 
 class Odd(Simulated):
-    """A layer of 16 channels kills its process, one of 24 hangs it, one of 32 prints."""
+    """A layer of 16 channels kills its process, one of 24 hangs it, one of 32 prints; one of 48 is slow."""
+
+    def __init__(self, settings):
+        if os.path.exists("away"):
+            raise OSError("the board is away")
+        super().__init__(settings)
 
     def load_layer(self, layer):
         if layer.c_out == 16:
             os.kill(os.getpid(), signal.SIGSEGV)
         while layer.c_out == 24:
             time.sleep(60)
+        if layer.c_out == 48:
+            time.sleep(1.0)
         if layer.c_out == 32:
             print("what a native library has to say", flush=True)
         return super().load_layer(layer)
@@ -69,6 +77,31 @@ def test_a_layer_that_crashes_or_hangs_its_process_has_failed_alone(odd: str) ->
         assert bench.measure([layer_item(4, 40)], 0)[0]["seconds"] > 0, "the next one is measured"
     finally:
         bench.close()
+
+
+def test_a_group_that_takes_long_does_not_hang_as_long_as_it_goes_on(odd: str) -> None:
+    bench = Bench(odd, Settings(), patience=4.0)
+    try:
+        results = bench.measure([layer_item(at, 48) for at in range(5)], 0)
+    finally:
+        bench.close()
+    assert [one.get("error") for one in results] == [None] * 5
+
+
+def test_no_layer_is_to_blame_where_the_process_does_not_start(
+    odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    service = Service([layer_item(1, 8)])
+    options = Options("http://service", "bench", "t", odd, spool=tmp_path / "spool", once=True, lock=tmp_path / "lock")
+    agent = Agent(options, transport=httpx2.MockTransport(service))
+    (tmp_path / "away").touch()
+    with pytest.raises(NoMeasuringProcess, match="before it was ready"):
+        agent.run()
+    assert service.results == {}
+    (tmp_path / "away").unlink()
+    Agent(options, transport=httpx2.MockTransport(service)).run()
+    assert service.results[1]["seconds"] > 0
 
 
 def test_an_agent_keeps_its_lease_while_a_measurement_hangs(

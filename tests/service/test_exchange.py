@@ -106,6 +106,20 @@ def test_a_document_with_a_layer_twice_keeps_the_last_and_one_without_values_is_
     assert LatencyTable.from_json(document).entries[layer.key].seconds == 2.0
 
 
+def test_the_table_that_was_imported_last_is_used_until_an_agent_comes(client: TestClient) -> None:
+    register()
+    layer = SPACE.layers(SPACE.channels(SPACE.largest))[0]
+    for source, seconds in (("first", 1.0), ("second", 2.0)):
+        entries = [{"layer": layer.to_json(), "seconds": seconds}]
+        document = LatencyTable("x", source).to_json() | {"entries": entries}
+        answer = client.put("/v1/devices/bench/lookup-table", json=document).json()
+        assert answer == {"stored": 1, "current": True}
+        [kept] = client.get("/v1/devices/bench/lookup-table").json()["entries"]
+        assert kept["seconds"] == seconds
+    lease()
+    assert client.put("/v1/devices/bench/lookup-table", json=document).json() == {"stored": 0, "current": False}
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -114,6 +128,7 @@ def test_a_document_with_a_layer_twice_keeps_the_last_and_one_without_values_is_
         {"entries": [{"seconds": 1.0}]},
         {"p90_fits": {"s": {"overhead": 0.0}}},
         {"facts": {"a": "\0"}},
+        {"entries": [{"layer": SPACE.layers(SPACE.channels(SPACE.largest))[0].to_json(), "seconds": 1e-320}]},
         {"more": 1},
     ],
 )
@@ -141,6 +156,9 @@ def test_csv_has_a_line_per_layer_with_its_conditions(client: TestClient) -> Non
 
 
 def test_no_cell_is_a_formula() -> None:
+    strange = {"layer": SPACE.layers(SPACE.channels(SPACE.largest))[0].to_json(), "seconds": 1.0, "values": [1.0]}
+    text = to_csv([strange | {"conditions": {"outliers": one}} for one in (5, ["=1+1", 3], "=2")])
+    assert [row["outliers"] for row in csv.DictReader(io.StringIO(text))] == ["", "3", ""]
     entry = {"layer": replace(SPACE.layers(SPACE.channels(SPACE.largest))[0]).to_json(), "seconds": 1.0}
     text = to_csv([entry | {"conditions": {"governor": "=cmd()", "load": -1}}])
     [row] = csv.DictReader(io.StringIO(text))

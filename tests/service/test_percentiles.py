@@ -72,6 +72,19 @@ def test_the_percentile_is_what_the_agent_says_or_that_of_the_values(database: s
     assert [found[one.key] for one in (item, *rest)] == pytest.approx([by_values, 1.6e-3, by_values, by_values])
 
 
+def test_disturbed_values_lower_no_percentile(database: str) -> None:
+    """A median of all values would lie far above that of the quiet ones; what is not the item's own is said."""
+    register(points=3)
+    layer, other = lease(limit=2).works
+    values = [1e-3] * 5 + [3e-3] * 6
+    given = Outcome(layer.id, layer.kind, layer.key, 0.9e-3, 0.0, True, values, {"p90": 1.3e-3, "rest": 1e-4})
+    whole = replace(given, work_id=other.id, key=other.key, seconds=1e-3, conditions={"p90": 1.3e-3, "rest": None})
+    record([given, whole], "a")
+    with transaction() as session:
+        found = dict(session.execute(select(Measurement.key, Measurement.p90)).all())
+    assert [found[one.key] for one in (layer, other)] == pytest.approx([1.2e-3, 1.3e-3])
+
+
 def test_a_percentile_never_lies_below_the_median(database: str) -> None:
     register(points=3)
     [item] = lease(limit=1).works

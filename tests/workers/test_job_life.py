@@ -12,10 +12,11 @@ from sqlalchemy import select, update
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, NothingFeasible
 from latency_profiler.layers import Layer
+from latency_profiler.lookup_table import Entry, LatencyTable
 from latency_profiler.spaces.registry import get_space
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
-from service.store import agents, blobs, devices, jobs, results
+from service.store import agents, blobs, devices, exchange, jobs, results
 from service.store.agents import Batch, Outcome
 from service.store.jobs import Claim
 from service.store.measurements import canonical_sha
@@ -459,6 +460,34 @@ class Partial(Bench):
         """Which of the first round's networks ran and held the budget of `latency_bound(0.5)`."""
         most = latency_bound(0.5)["max_ms"] / 1000 / (1 + job.memory["noise"]["bench"])
         return [at for at, seconds in enumerate(self.took[:8]) if at >= self.failing and seconds <= most]
+
+
+def test_a_guest_that_cannot_run_the_winner_fails_no_job(world: None) -> None:
+    class Unable(Bench):
+        def _outcome(self, work: Work) -> Outcome:
+            if work.kind is WorkKind.NETWORK and work.payload["purpose"].startswith("verify"):
+                return Outcome(work.id, work.kind, work.key, error="out of memory")
+            return super()._outcome(work)
+
+    guest = Unable(name="guest")
+    guest.measure()
+    job = run(submit(flops_bound(0.4), measure_on=["guest"]), guest)
+    assert job.state is JobState.SUCCEEDED
+    assert [("guest could not measure" in one, "out of memory" in one) for one in job.warnings[-1:]] == [(True, True)]
+
+
+def test_a_guest_whose_table_prices_some_structures_only_is_left_out(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.steps.verifying.GUEST_SECONDS", 0.0)
+    ends = [layer for end in (SPACE.smallest, SPACE.largest) for layer in SPACE.layers(SPACE.channels(end))]
+    table = LatencyTable("guest", "elsewhere", {layer.key: Entry(layer, 1e-6 * layer.c_out) for layer in ends})
+    with transaction() as session:
+        device, _ = devices.register(session, "guest")
+        exchange.take(session, device, table.to_json())
+    job = run(submit(flops_bound(0.4), measure_on=["guest"]))
+    assert job.state is JobState.SUCCEEDED
+    assert job.memory["tables"] == {}
 
 
 @pytest.mark.parametrize(("slow", "failing"), [(0, 0), (3, 0), (0, 3), (2, 2)])

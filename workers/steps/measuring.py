@@ -66,6 +66,28 @@ def look(
     return found
 
 
+def look_around(
+    session: Session, context: Context, purpose: str, networks: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """The same for all of the job's latencies; a device that no constraint names may be unable to run a network.
+
+    Returns:
+        What `look` returns; and latency → reason of the devices that are unable.
+
+    Raises:
+        MeasurementFailed: a constrained one could not run a network.
+    """
+    found, unable = look(session, context, context.constrained, purpose, networks), dict[str, str]()
+    for name in context.latencies:
+        if name not in context.constrained:
+            try:
+                for structure_id, seconds in look(session, context, [name], purpose, networks).items():
+                    found[structure_id] |= seconds
+            except MeasurementFailed as error:
+                unable[name] = str(error)
+    return found, unable
+
+
 def purpose(job: Job, name: str) -> str:
     """What the measurements of this round are for; they are made once more where `doubted`."""
     return f"{name}{'-again' if job.memory.get('again') else ''}-{job.id}-{job.memory['round']}"

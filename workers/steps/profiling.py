@@ -21,6 +21,7 @@ from latency_profiler.calibration import MOST_MARGIN, Verdict
 from latency_profiler.cost import Statistic, flops, split_latency
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies, NotCalibrated
 from latency_profiler.layers import Layer
+from latency_profiler.planning import plan_layers
 from service.methods import UNSTRUCTURED
 from service.store import blobs, devices, jobs, measurements, work
 from service.store.candidates import space_arguments
@@ -66,12 +67,12 @@ def _pin(context: Context, job: Job) -> Outcome:
         waited = jobs.phase_seconds(session, job.id).get(JobState.PROFILING, 0.0)
     if waiting:
         if waited > context.settings.profile_seconds:
-            raise MissingLatencies(tables[waiting[0]].missing(_ends(context)))
+            raise MissingLatencies(tables[waiting[0]].missing(_needed(context)))
         context.console.say({"phase": "profiling", "waits_for": waiting})
         return FOR_DEVICE
 
     pinned = {name: write_blob(context.settings.blobs, json.dumps(table.to_json(), sort_keys=True).encode())
-              for name, table in tables.items() if not table.missing(_ends(context))}  # fmt: skip
+              for name, table in tables.items() if not table.missing(_needed(context))}  # fmt: skip
     margins = {name: verdicts[name].margin for name in pinned}
     noise = {name: verdicts[name].noise for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "noise": noise, "corrections": {}, "round": 0}
@@ -225,9 +226,9 @@ def _verdict(session: Session, context: Context, name: str, statistic: Statistic
     return measurements.verdict(session, devices.get(session, name), context.space.key, statistic)
 
 
-def _ends(context: Context) -> list[Layer]:
-    space = context.space
-    return [layer for end in (space.smallest, space.largest) for layer in space.layers(space.channels(end))]
+def _needed(context: Context) -> list[Layer]:
+    """Layers that a table must price, so that it prices every structure."""
+    return plan_layers(context.space, measurements.SAMPLED)
 
 
 def _doubt(name: str, verdict: Verdict, margin: float) -> str:

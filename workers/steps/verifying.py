@@ -21,11 +21,12 @@ def step(context: Context, job: Job) -> Outcome:
     networks = {trial["structure_id"]: trial["channels"] for trial in memory["queue"]}
     with transaction() as session:
         clock = jobs.clock(session)
-        found = measuring.look(session, context, context.latencies, measuring.purpose(job, "verify"), networks)
+        found, unable = measuring.look_around(session, context, measuring.purpose(job, "verify"), networks)
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
-    away = [name for name in context.latencies if any(name not in found.get(one, {}) for one in networks)]
+    able = [name for name in context.latencies if name not in unable]
+    away = [name for name in able if any(name not in found.get(one, {}) for one in networks)]
     if _must_wait(context, away, clock - memory["since"]):
         context.console.say({"phase": "verifying", "waits_for": away})
         return FOR_DEVICE
@@ -39,7 +40,10 @@ def step(context: Context, job: Job) -> Outcome:
             look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
             return look_on(context, job, [(winner["channels"], measured)], allowed)
     constrained = [name for name in away if name in context.constrained]
-    return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, away)
+    devices = dict.fromkeys(split_latency(name)[0] for name in away)
+    warnings = [*unable.values(), *(f"device {name} did not measure the winner in time" for name in devices)]
+    warnings += _beyond(context, job, found)
+    return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, warnings)
 
 
 def _must_wait(context: Context, away: list[str], waited: float) -> bool:
@@ -56,10 +60,23 @@ def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> No
                 results.measured(session, row.id, found.get(trial["structure_id"], {}))
 
 
-def _end(context: Context, job: Job, state: JobState, away: list[str]) -> Outcome:
-    devices = dict.fromkeys(split_latency(name)[0] for name in away)
-    warnings = [*job.warnings, *(f"device {name} did not measure the winner in time" for name in devices)]
-    warnings += fidelity.warnings(context, job)
+def _beyond(context: Context, job: Job, found: dict[str, dict[str, float]]) -> list[str]:
+    """What to tell of runners-up that break the budget, and of a winner below a least latency."""
+    said = []
+    for trial in job.memory["queue"]:
+        measured = found.get(trial["structure_id"], {})
+        bounds = [(bound, measured[bound.latency]) for bound in context.constraints if bound.latency in measured]
+        for bound, seconds in bounds if trial["role"] == Role.WINNER else []:
+            figures = f"{1000 * seconds:.4g} ms on {bound.latency} when it was measured"
+            if seconds > bound.maximum:
+                said.append(f"runner-up {trial['rank']} takes {figures}: more than {1000 * bound.maximum:.4g} ms")
+            elif seconds < bound.minimum and not trial["rank"]:
+                said.append(f"the winner takes {figures}: {1000 * bound.minimum:.4g} ms at least were asked for")
+    return said
+
+
+def _end(context: Context, job: Job, state: JobState, warnings: list[str]) -> Outcome:
+    warnings = [*job.warnings, *warnings, *fidelity.warnings(context, job)]
     with transaction() as session:
         result = _result(context, job, session)
         jobs.finish(session, context.claim, state, result=result, warnings=warnings)
