@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from service.archives import BROKEN, LIMITS, Files, Meter, open_files
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: grows when other arrays come out of the same files."""
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
@@ -61,6 +62,8 @@ class Images:
     test_x: Pixels
     test_y: Labels
     classes: tuple[str, ...]
+    digest: str = ""
+    """Of all of it, where it is from the cache."""
 
 
 DIGITS = DatasetFacts(tuple("0123456789"), 1438, 359, 8)
@@ -103,7 +106,7 @@ def load(kind: str, path: str | None, data_root: Path, image_size: int, cache: P
     classes = json.loads((cache / key / "classes.json").read_text())
     # Mapped copy-on-write: pages are read when they are used, and torch takes only arrays that could be written.
     arrays = {part: np.load(cache / key / f"{part}.npy", mmap_mode="c", allow_pickle=False) for part in PARTS}
-    return Images(**arrays, classes=tuple(classes))
+    return Images(**arrays, classes=tuple(classes), digest=(cache / key / "digest").read_text())
 
 
 def stratified(labels: Labels, share: float) -> npt.NDArray[np.bool_]:
@@ -358,6 +361,10 @@ def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> 
         _sweep(cache, folder)
         classes = decode(folder)
         (folder / "classes.json").write_text(json.dumps(classes))
+        digest = hashlib.sha256(json.dumps(classes).encode())
+        for part in PARTS:
+            digest.update(np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False))
+        (folder / "digest").write_text(digest.hexdigest())
         for file in folder.iterdir():
             flush(file)
         try:
@@ -373,5 +380,6 @@ def _sweep(cache: Path, fresh: Path) -> None:
     """Remove what killed processes left behind more than a day ago, by the file system's own clock."""
     now = fresh.stat().st_mtime
     for left in cache.glob(".decoding-*"):
-        if left != fresh and now - left.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # somebody has just finished it
+            if left != fresh and now - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)

@@ -16,9 +16,11 @@ from latency_profiler.cost import Constraint, CostModel, Ints, Metric
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.space import Space
-from workers.sampling import Genes, fill, least_choices, repair, sample
+from workers.sampling import Genes, fill, least_choices, numpy_generator, repair, sample
 
 Floats = npt.NDArray[np.float64]
+ROUNDS, DRAWN = 100, 64
+"""How often, and how many, structures are drawn until a budget counts as empty."""
 CROWD = 3
 """An enumeration holds so many times the structures that it looks for before it gives up."""
 TIMED_SHARES = [share / 512 for share in range(1, 513)]
@@ -62,6 +64,9 @@ class Budget:
         self._narrowest = least_choices(self._widths)
         self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
+        for bound in constraints:
+            if bound.minimum > bound.maximum:  # by the margin that a maximum is lowered by
+                raise InfeasibleConstraint(bound.metric, bound.maximum, bound.minimum, bound.minimum, bound.latency)
         timed = (self._latencies[c.latency] for c in constraints if c.latency in self._latencies)
         ladder = self.costs(np.array([*(model.fastest for model in timed), *space.ladder]))
         rungs = _tightest(ladder, constraints)
@@ -107,6 +112,14 @@ class Budget:
         )  # fmt: skip
         drawn = self._canonical(drawn)
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
+
+    def empty(self, seed: int) -> bool:
+        """Whether no feasible structure is found, drawn or enumerated, with as much effort as a search begins with."""
+        draws = (self.sample(DRAWN, numpy_generator(seed, "empty", at)) for at in range(ROUNDS))
+        if any(map(len, draws)):
+            return False
+        everything = self.everything(DRAWN)
+        return everything is None or not len(everything)
 
     def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:
         """Encodings (n, g) moved into the budget where they are outside, with as few changes as that takes.

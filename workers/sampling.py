@@ -33,8 +33,6 @@ BISECTIONS = 12
 EVERY = np.arange(CHOICES)
 PROFILES = (0.7, 0.4, 0.3)
 """Largest share of the choices by which a linear, a quadratic and a sine profile move a gene."""
-VERSION = 4
-"""Of how structures are drawn: a PruningNet that was trained on those of another is not taken over."""
 LEAST_WIDTH = 3
 """Channels that every layer of what is drawn has, or a third of its channels where those are few. A third of
 MobileNetV2's structures at an eighth had a layer of one channel; of 48 structures more than a tenth gave a PruningNet

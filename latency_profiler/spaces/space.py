@@ -139,7 +139,8 @@ class Space:
     @property
     def key(self) -> str:
         """Identity of the space, e.g. `mobilenet_v1@32x0.5/10+last`."""
-        return f"{self.name}@{self.image_size}x{self.width:g}/{self.classes}" + ("+last" if self.free_last else "")
+        last = "+last" if self.free_last else ""
+        return f"{self.name}@{self.image_size}x{width_text(self.width)}/{self.classes}{last}"
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -249,6 +250,12 @@ class Space:
         """Identity of a structure: the same for every encoding that gives these widths."""
         text = f"{self.key}:{','.join(map(str, self.complete(channels)))}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def width_text(width: float) -> str:
+    """A width multiplier as keys have it: no two are written alike."""
+    short = f"{width:g}"
+    return short if float(short) == width else repr(width)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from latency_profiler.cost import Statistic, latency_name
 from latency_profiler.errors import InvalidChannels, InvalidInput, NotFound
 from latency_profiler.spaces.registry import SPACES, get_space
-from latency_profiler.spaces.space import Space
+from latency_profiler.spaces.space import Space, width_text
 from service.api.auth import require
 from service.api.jobs import SpaceKey
 from service.api.problems import responses
@@ -257,7 +257,7 @@ def _keys(searched: Sequence[str], space: str, image_size: int | None, width: fl
         raise NotFound("space", space, sorted(SPACES))
     keys = [key for key in searched if space in (key, key.partition("@")[0])]
     size = None if image_size is None else f"@{image_size}x"
-    scale = None if width is None else f"x{width:g}/"
+    scale = None if width is None else f"x{width_text(width)}/"
     return [key for key in keys if (size is None or size in key) and (scale is None or scale in key)]
 
 

@@ -7,6 +7,7 @@ from sqlalchemy import or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from latency_profiler.errors import NotFound
+from service.store.blobs import blob_path
 from service.store.models import TERMINAL, Dataset, Job, PruningNet
 
 NAMED = select(PruningNet, Dataset.name).join(Dataset, Dataset.id == PruningNet.dataset_id)
@@ -18,7 +19,14 @@ def find(session: Session, family: str, least: float, most: float, job_id: str) 
         PruningNet.family == family, PruningNet.band_low <= least, PruningNet.band_high >= most
     )
     nets = session.scalars(query.order_by(PruningNet.ready.desc(), PruningNet.created_at, PruningNet.key))
-    return next((net for net in nets if net.ready or _trained_elsewhere(session, net, job_id)), None)
+    return next((net for net in nets if _usable(session, net, job_id)), None)
+
+
+def _usable(session: Session, net: PruningNet, job_id: str) -> bool:
+    """Whether it is trained, its weights being where they should be, or being trained."""
+    if not net.ready:
+        return _trained_elsewhere(session, net, job_id)
+    return net.checkpoint is not None and blob_path(net.checkpoint).is_file()
 
 
 def _trained_elsewhere(session: Session, net: PruningNet, job_id: str) -> bool:

@@ -33,9 +33,14 @@ def find(session: Session, job_id: str, structure_id: str, role: Role, method: s
 
 
 def winner(session: Session, job_id: str) -> Result | None:
-    """A job's best winner that is an ordinary trained network, without masks."""
-    query = select(Result).where(Result.job_id == job_id, Result.role == Role.WINNER, Result.masks.is_(None))
-    return session.scalar(query.where(Result.weights.is_not(None)).order_by(Result.rank, Result.id).limit(1))
+    """The winner of a job that has a result: of its first method that gives an ordinary network, without masks."""
+    job = session.get(Job, job_id)
+    result = (job.result if job else None) or {}
+    for shown in [result["winner"], *result["methods"].values()] if result else []:
+        found = find(session, job_id, shown["structure_id"], Role.WINNER, shown["method"])
+        if found is not None and found.weights is not None and found.masks is None:
+            return found
+    return None
 
 
 def same_training(session: Session, recipe: str) -> Result | None:

@@ -46,6 +46,13 @@ def test_published_encoding_gives_the_published_channels(row: dict[str, Any]) ->
     assert space.channels(row["encoding"]) == tuple(row["channels"])
 
 
+def test_no_two_widths_share_a_key() -> None:
+    keys = [get_space("mobilenet_v2", 32, width, 10).key for width in (0.5, 0.3333333, 1 / 3, 0.333333)]
+    assert keys[0] == "mobilenet_v2@32x0.5/10"
+    assert keys[3] == "mobilenet_v2@32x0.333333/10"
+    assert len(set(keys)) == 4
+
+
 @pytest.mark.parametrize("row", [row for row in PUBLISHED if "width" in row], ids=named)
 def test_width_multiplier_gives_the_published_uniform_network(row: dict[str, Any]) -> None:
     space = get_space(row["space"], width=row["width"])

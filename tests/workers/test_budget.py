@@ -74,6 +74,13 @@ def test_a_budget_below_the_least_widths_is_sampled_all_the_same() -> None:
     assert len(tight.sample(8, numpy_generator(0, "tight"))) > 0
 
 
+def test_a_margin_that_leaves_nothing_of_a_range_is_infeasible() -> None:
+    table = table_of(SPACE)
+    seconds = table.price(SPACE, SPACE.channels([15] * 14)).seconds
+    with pytest.raises(InfeasibleConstraint):
+        Budget(SPACE, [Constraint(Metric.LATENCY, seconds, 1.01 * seconds, "d")], {"d": table}, {})
+
+
 def test_sampling_an_empty_band_ends() -> None:
     def cost(genes: np.ndarray) -> np.ndarray:
         return np.where(genes.sum(axis=1) > 15, 2.0, 0.0)

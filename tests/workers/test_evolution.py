@@ -167,6 +167,19 @@ def test_nothing_feasible_is_an_error(genes: int) -> None:
         search.propose()
 
 
+def test_a_draw_that_finds_nothing_feasible_does_not_end_the_drawing() -> None:
+    class Unlucky(Weight):
+        draws = 0
+
+        def sample(self, count: int, rng: np.random.Generator) -> Genes:
+            self.draws += 1
+            return super().sample(count if self.draws % 3 == 0 else 0, rng)[: 5 if self.draws % 3 == 0 else 0]
+
+    limits = Unlucky(120)
+    assert len(Evolution(SMALL, 0, limits).propose()) == SMALL.population
+    assert limits.draws >= 3
+
+
 def test_reopened_under_a_tighter_budget() -> None:
     search = ran(0)
     loose = search.winner()

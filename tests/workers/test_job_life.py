@@ -3,17 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from sqlalchemy import select, update
 
-from latency_profiler.cost import Constraint, Metric, flops, layer_flops
+from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parameters
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, NothingFeasible
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, LatencyTable
 from latency_profiler.spaces.registry import get_space
+from service import images
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
 from service.store import agents, blobs, devices, exchange, jobs, results
@@ -28,6 +30,7 @@ from service.store.models import (
     JobState,
     PruningNet,
     Result,
+    Role,
     Structure,
     Work,
     WorkKind,
@@ -230,6 +233,69 @@ def test_the_next_job_reuses_the_pruning_net_and_only_searches(world: None) -> N
     assert first.result is not None
     assert second.result is not None
     assert first.result["pruning_net"] == second.result["pruning_net"]
+
+
+def test_a_pruning_net_of_another_code_of_other_images_or_another_band_is_not_taken_over(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(submit(flops_bound(0.4)))
+    wider = run(submit(flops_bound(0.4), training={"band": [0.3, 1.7]}))
+    monkeypatch.setattr("workers.steps.training.CODE", "another version")
+    newer = run(submit(flops_bound(0.4)))
+    load = images.load
+    monkeypatch.setattr(images, "load", lambda *about: replace(load(*about), digest="others"))
+    changed = run(submit(flops_bound(0.4)))
+    assert [job.result["pruning_net_reused"] for job in (first, wider, newer, changed) if job.result] == [False] * 4
+    assert [job.result["uniform"]["reused"] for job in (first, wider, newer, changed) if job.result] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_pruning_net_of_another_environment_makes_a_job_not_reproducible(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(submit(flops_bound(0.4)))
+    again = run(submit(flops_bound(0.4)))
+    monkeypatch.setenv("SECATEURS_THREADS", "2")
+    get_settings.cache_clear()
+    elsewhere = run(submit(flops_bound(0.4)))
+    for job, alike in ((again, True), (elsewhere, False)):
+        assert job.result is not None
+        assert (job.result["pruning_net_reused"], job.reproducible) == (True, alike)
+
+
+def test_a_pruning_net_whose_weights_are_lost_is_trained_again(world: None) -> None:
+    first = run(submit(flops_bound(0.4)))
+    assert first.result is not None
+    with transaction() as session:
+        checkpoint = session.get_one(PruningNet, first.result["pruning_net"]).checkpoint
+    assert checkpoint is not None
+    blobs.blob_path(checkpoint).unlink()
+    second = run(submit(flops_bound(0.4), name="again"))
+    assert second.result is not None
+    assert not second.result["pruning_net_reused"]
+    assert second.result["winner"]["channels"] == first.result["winner"]["channels"]
+
+
+def test_bounds_that_contradict_each_other_end_a_job_before_anything_is_trained(world: None) -> None:
+    largest = parameters(SPACE.layers(SPACE.channels(SPACE.largest)))
+    wide = {"metric": "flops", "min": int(0.8 * FULL), "max": FULL}
+    job_id = submit(wide, {"metric": "parameters", "max": int(0.1 * largest)})
+    with pytest.raises(NothingFeasible):
+        run(job_id)
+    assert read(job_id).state is JobState.PROFILING
+
+
+def test_a_former_jobs_winner_is_the_one_of_its_result(world: None) -> None:
+    bench = Bench(lambda purpose: 1.15 if purpose.startswith("verify") and purpose.endswith("-0") else 1.0)
+    job = run(submit(latency_bound(0.5)), bench)
+    assert job.result is not None
+    assert job.result["rounds"] > 1
+    with transaction() as session:
+        winner = results.winner(session, job.id)
+        assert winner is not None
+        assert winner.structure_id == job.result["winner"]["structure_id"]
+        assert len({row.structure_id for row in results.of_job(session, job.id) if row.role is Role.WINNER}) > 1
 
 
 def test_a_job_waits_while_another_one_trains_its_pruning_net(world: None) -> None:

@@ -108,14 +108,19 @@ class Context:
         return list(dict.fromkeys(self.constrained + medians))
 
     @cached_property
+    def loaded(self) -> images.Images:
+        """The dataset's images, mapped."""
+        dataset, settings = self.dataset, self.settings
+        return images.load(dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache")
+
+    @cached_property
     def data(self) -> Data:
         """The dataset, split for the search."""
-        dataset, settings = self.dataset, self.settings
-        loaded = images.load(dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache")
+        loaded = self.loaded
         assert self.spec.training.validation_images is not None
         return prepare(
             (loaded.train_x, loaded.train_y), (loaded.test_x, loaded.test_y), len(loaded.classes),
-            flip=dataset.kind != "digits", validation=self.spec.training.validation_images, seed=self.spec.seed,
+            flip=self.dataset.kind != "digits", validation=self.spec.training.validation_images, seed=self.spec.seed,
             device=self.device,
         )  # fmt: skip
 

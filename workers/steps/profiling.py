@@ -18,8 +18,14 @@ import numpy as np
 from sqlalchemy.orm import Session
 
 from latency_profiler.calibration import MOST_MARGIN, Verdict
-from latency_profiler.cost import Statistic, flops, split_latency
-from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, MissingLatencies, NotCalibrated
+from latency_profiler.cost import Metric, Statistic, flops, split_latency
+from latency_profiler.errors import (
+    InfeasibleConstraint,
+    MeasurementFailed,
+    MissingLatencies,
+    NotCalibrated,
+    NothingFeasible,
+)
 from latency_profiler.layers import Layer
 from latency_profiler.planning import plan_layers
 from service.methods import UNSTRUCTURED
@@ -170,13 +176,18 @@ def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
     """Note the FLOPs of networks at the ends of what is searched; returns warnings.
 
     They are by the table alone, so that jobs which differ in nothing else share a PruningNet whatever they measure
-    afterwards. They are those of the uniform networks there. Where structures are filled, they are of those that a
-    search begins with, which have widths that the device is fast with: their median, or what nine of ten stay below in
-    a range.
+    afterwards. They are those of the uniform networks there. Where other costs are bounded, they are of what a search
+    begins with, which may be quite unlike: widths that the device is fast with, or early ones, which have few
+    parameters. Then they are their median, or what nine of ten stay below in a range.
+
+    Raises:
+        NothingFeasible: no structure is found that satisfies all constraints together.
     """
     budget, warnings = _budget(context, job, memory)
+    if METAPRUNING in context.spec.methods and len(context.constraints) > 1 and budget.empty(context.spec.seed):
+        raise NothingFeasible
     memory["flops"] = flops(context.space.layers(budget.uniform()))
-    if context.constrained and context.spec.search.repair:
+    if context.spec.search.repair and any(bound.metric is not Metric.FLOPS for bound in context.constraints):
         drawn = budget.costs(budget.sample(DRAWN, numpy_generator(context.spec.seed, "flops"))).flops
         share = 0.9 if context.spec.objective == "front" else 0.5
         memory["flops"] = int(np.quantile(drawn, share)) if len(drawn) else memory["flops"]

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import service.images
+import latency_profiler.layers
+import latency_profiler.spaces
 import workers
 from workers.steps.context import Context
 from workers.training import TrainingSettings
 
 
 def _code() -> str:
-    """Digest of the algorithms and of what decodes images, so that no other version's results are taken for ours."""
-    files = [*sorted(Path(workers.__file__).parent.glob("*.py")), Path(service.images.__file__)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    """Digest of the algorithms and of the networks, so that no other version's results are taken for ours."""
+    files = [file for package in (workers, latency_profiler.spaces) for file in Path(package.__path__[0]).glob("*.py")]
+    files.append(Path(latency_profiler.layers.__file__))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 CODE = _code()
@@ -23,9 +25,9 @@ CODE = _code()
 
 
 def recipe(context: Context, channels: Sequence[int], settings: TrainingSettings) -> str:
-    """Digest of code, machine, structure, dataset, settings and seed of a training on the whole training set."""
+    """Digest of code, machine, structure, images, settings and seed of a training on the whole training set."""
     parts = [
-        CODE, context.environment, context.space.digest(channels), context.dataset.id, asdict(settings),
+        CODE, context.environment, context.space.digest(channels), context.loaded.digest, asdict(settings),
         context.spec.seed,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -7,12 +7,13 @@ from typing import Any
 from service.store import blobs, jobs, pruning_nets
 from service.store.models import Job, JobState
 from service.store.session import transaction
-from workers import checkpoints, sampling
+from workers import checkpoints
 from workers.evaluation import Scorer
 from workers.pruning_net import PruningNet
 from workers.steps import trainers
 from workers.steps.context import Context
 from workers.steps.outcome import FOR_JOB, MOVED, Outcome
+from workers.steps.recipe import CODE
 from workers.training import PruningNetTrainer, TrainingSettings
 
 
@@ -25,7 +26,8 @@ def step(context: Context, job: Job) -> Outcome:
             return FOR_JOB
         if found is not None:
             memory = {**job.memory, "net": found.key, "reused": True}
-            jobs.save_step(session, context.claim, state=JobState.SEARCHING, memory=memory)
+            alike = job.reproducible and found.progress.get("environments") == [context.environment]
+            jobs.save_step(session, context.claim, state=JobState.SEARCHING, memory=memory, reproducible=alike)
             return MOVED
         key = _digest([family, list(band)])
         net = pruning_nets.join(
@@ -35,9 +37,12 @@ def step(context: Context, job: Job) -> Outcome:
         if net is None:
             return FOR_JOB
         checkpoint, counters = net.checkpoint, net.progress.get("counters")
-        jobs.save_step(session, context.claim, memory={**job.memory, "net": key, "reused": False})
+        past = net.progress.get("environments", [])
+        environments = past if context.environment in past else [*past, context.environment]
+        alike = job.reproducible and len(environments) == 1
+        jobs.save_step(session, context.claim, memory={**job.memory, "net": key, "reused": False}, reproducible=alike)
     trainer = context.keep("trainer", [key, checkpoint], lambda: _trainer(context, band, checkpoint, counters))
-    return _train(context, job, key, trainer, checkpoint)
+    return _train(context, job, key, trainer, checkpoint, environments)
 
 
 def scorer(context: Context, job: Job) -> Scorer:
@@ -50,7 +55,11 @@ def pruning_net(context: Context, job: Job) -> PruningNet:
     return context.keep("network", job.memory["net"], lambda: _pruning_net(context, job.memory["net"]))
 
 
-def _train(context: Context, job: Job, key: str, trainer: PruningNetTrainer, old: str | None) -> Outcome:
+def _train(
+    context: Context, job: Job, key: str, trainer: PruningNetTrainer, old: str | None, environments: list[Any]
+) -> Outcome:
+    """Go on for a slice; `environments` are those in which the net was trained so far, now included."""
+
     def progress() -> dict[str, Any]:
         return {"phase": "training", "done": trainer.done, "total": trainer.total, **trainer.latest()}
 
@@ -58,9 +67,10 @@ def _train(context: Context, job: Job, key: str, trainer: PruningNetTrainer, old
     ready = trainer.done >= trainer.total
     tensors = trainer.network.state_dict() if ready else trainer.state()
     sha256 = checkpoints.save(context.settings.blobs, tensors)
+    saved = {"counters": trainer.counters(), "environments": environments}
     with transaction() as session:
         blobs.register(session, sha256)
-        pruning_nets.save(session, key, checkpoint=sha256, progress={"counters": trainer.counters()}, ready=ready)
+        pruning_nets.save(session, key, checkpoint=sha256, progress=saved, ready=ready)
         changes = {"state": JobState.SEARCHING} if ready else {}
         memory = {**job.memory, "net": key, "reused": False}
         jobs.save_step(session, context.claim, memory=memory, progress=progress(), **changes)
@@ -98,9 +108,9 @@ def _scorer(context: Context, job: Job) -> Scorer:
 
 
 def _family(context: Context) -> str:
-    """All that determines a PruningNet but its band."""
-    training = {name: value for name, value in context.spec.training.model_dump().items() if name != "band"}
-    return _digest([context.space.key, context.dataset.id, training, context.spec.seed, sampling.VERSION])
+    """All that determines a PruningNet but the FLOPs of its band, and the machine that trains it."""
+    training, seed = context.spec.training.model_dump(), context.spec.seed
+    return _digest([CODE, context.space.key, context.loaded.digest, training, seed])
 
 
 def _band(context: Context, job: Job) -> tuple[float, float]:
