@@ -1,6 +1,6 @@
 """What every request is made of: the base of its models, names, texts, and how something is trained."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -28,6 +28,8 @@ class DescentSpec(Model):
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     batch_size: Annotated[int, Field(ge=2, le=4096)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    schedule: Literal["linear", "steps"] | None = None
+    """How the rate falls: linearly over the epochs (the default), or to a tenth after every quarter of them."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None

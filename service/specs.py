@@ -228,8 +228,20 @@ LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "mobilenet_v2": {"training": {"weight_decay": 0.0}},
     "resnet50": {
-        "training": {"epochs": 32, "batch_size": 256, "learning_rate": 0.1, "weight_decay": 1e-4},
-        "retraining": {"epochs": 128, "batch_size": 512, "learning_rate": 0.2, "weight_decay": 1e-4},
+        "training": {
+            "epochs": 32,
+            "batch_size": 256,
+            "learning_rate": 0.1,
+            "schedule": "steps",
+            "weight_decay": 1e-4,
+        },
+        "retraining": {
+            "epochs": 128,
+            "batch_size": 512,
+            "learning_rate": 0.2,
+            "schedule": "steps",
+            "weight_decay": 1e-4,
+        },
     },
 }
 

@@ -15,10 +15,12 @@ import numpy.typing as npt
 from latency_profiler.cost import Constraint, CostModel, Ints, Metric
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
-from latency_profiler.spaces.space import Space
+from latency_profiler.spaces.space import CHOICES, Space
 from workers.sampling import Genes, fill, least_choices, numpy_generator, repair, sample
 
 Floats = npt.NDArray[np.float64]
+UNIFORM = 4096
+"""Encodings of uniform genes among which feasible ones are looked for."""
 ROUNDS, DRAWN = 100, 64
 """How often, and how many, structures are drawn until a budget counts as empty."""
 CROWD = 3
@@ -45,7 +47,8 @@ class Budget:
         tables: lookup tables of every latency that is constrained or shall be reported.
         corrections: latency → factor on its predictions.
         least_share: candidates must use this share of the tightest upper bound.
-        fills: whether candidates with a bound in milliseconds are as wide as it allows (`sampling.fill`).
+        fills: whether candidates with a bound in milliseconds are as wide as it allows (`sampling.fill`). Otherwise
+            random candidates have genes that are drawn uniformly, as published, as far as such are feasible.
 
     Raises:
         InfeasibleConstraint: no structure of the space satisfies all constraints.
@@ -57,7 +60,7 @@ class Budget:
     ) -> None:  # fmt: skip
         self.space, self.constraints, self.tables, self.corrections = space, constraints, tables, corrections
         self.timed = any(constraint.metric is Metric.LATENCY for constraint in constraints)
-        self._fills = fills and self.timed
+        self._fills, self._uniform = fills and self.timed, not fills
         self._costs = CostModel(space)
         self._latencies = {latency: LatencyModel(table, space) for latency, table in tables.items()}
         self._widths = np.array(space.choices)
@@ -106,6 +109,10 @@ class Budget:
 
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
         """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
+        if self._uniform:
+            drawn = rng.integers(0, CHOICES, (UNIFORM, len(self._widths)), dtype=np.int64)
+            if len(kept := drawn[self.feasible(drawn)]) >= count:
+                return self._canonical(kept[:count])
         drawn = sample(
             self.tightness, *self._band, self.space.depths, count, rng,
             mend=lambda genes: self._filled(genes, rng), least=self._floor, narrowest=self._narrowest,

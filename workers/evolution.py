@@ -24,6 +24,10 @@ from workers.screening import guess
 Encoding = tuple[int, ...]
 Key = Callable[[Encoding], object]
 ROUNDS = 100
+MOST_KNOWN = 2000
+"""A guess is from so many judged structures, the last ones: it takes their number cubed."""
+MOST_ENUMERATED = 50_000
+"""Feasible structures beyond which a space is not judged completely, however many may be judged."""
 DIVERGED = 1e9
 """Loss of a network that gives no finite one: worse than any other, and still a number in JSON."""
 
@@ -230,8 +234,9 @@ class Evolution:
 
     def _guess(self, born: Sequence[Proposal]) -> npt.NDArray[np.float64]:
         """Expected badness."""
-        judged = genes_of([one.proposal.encoding for one in self.judged])
-        badness = np.array([self._badness(one) for one in self.judged])
+        known = self.judged[-MOST_KNOWN:]
+        judged = genes_of([one.proposal.encoding for one in known])
+        badness = np.array([self._badness(one) for one in known])
         return guess(judged, badness, genes_of([one.encoding for one in born]))
 
     def _left(self, known: set[Encoding]) -> list[Encoding] | None:
@@ -239,7 +244,7 @@ class Evolution:
         if self.exhaustive is False or self.settings.strategy == "random":
             return None
         evaluations = (self.generations - self.generation) * self.settings.population
-        everything = self.limits.everything(len(known) + evaluations)
+        everything = self.limits.everything(min(len(known) + evaluations, MOST_ENUMERATED))
         left = None if everything is None else [one for one in map(tuple, everything.tolist()) if one not in known]
         self.exhaustive = left is not None and (len(left) <= evaluations or bool(self.exhaustive))
         if not self.exhaustive:

@@ -17,6 +17,7 @@ never stored; and it is P @ (slow^t * hidden) + Q @ (fast^t * hidden) + bias, so
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from workers.pruning_net import Crop
 
 SPAN = 1e9
-"""The fast mode's unit shrinks by this factor at most before Q is written in a new one."""
+"""A mode's unit shrinks by this factor at most before P, or Q, is written in a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +84,24 @@ class Modes:
             self.moments = per_slow, per_fast
         else:  # there is one mode; the other stays zero
             slow, fast, self.gains, self.moments = 1 - rate * rule.decay, 1.0, (-rate, 0.0), (0.0, 1.0)
-        self._slow, self._fast = slow, fast
-        self._span = max(1, int(math.log(SPAN) / -math.log(fast))) if fast < 1.0 else 2**53
-        """Steps after which Q gets a new unit."""
+        self._modes = slow, fast
+        self._spans = [max(1, int(math.log(SPAN) / -math.log(mode))) if mode < 1.0 else 2**53 for mode in (slow, fast)]
+        """Steps after which P, and Q, get a new unit."""
 
     def units(self, step: int) -> tuple[float, float]:
         """What P and Q are multiplied by after `step` steps to be p and q."""
-        return self._slow**step, self._fast ** (step % self._span)
+        slow, fast = (mode ** (step % span) for mode, span in zip(self._modes, self._spans, strict=True))
+        return slow, fast
 
     def steps(self, step: int) -> tuple[float, float]:
         """By what P and Q change for each unit of the gradient of the `step`-th step."""
-        slow, fast = self._slow ** (step + 1), self._fast ** (step % self._span + 1)
+        slow, fast = (mode ** (step % span + 1) for mode, span in zip(self._modes, self._spans, strict=True))
         return self.gains[0] / slow, self.gains[1] / fast
 
-    def renewal(self, step: int) -> float | None:
-        """What Q is to be multiplied by after the `step`-th step, if that ends its unit."""
-        return self._fast**self._span if (step + 1) % self._span == 0 else None
+    def renewals(self, step: int) -> list[tuple[int, float]]:
+        """Which of P (0) and Q (1) is to be multiplied by what after the `step`-th step, which ends its unit."""
+        both = enumerate(zip(self._modes, self._spans, strict=True))
+        return [(at, mode**span) for at, (mode, span) in both if (step + 1) % span == 0]
 
 
 class CroppedSGD:
@@ -121,22 +124,22 @@ class CroppedSGD:
         """
         return Crop(self.weight[:c_out, :c_in], (self.bias[:c_out, :c_in] @ units).requires_grad_())
 
-    def end(self, crop: Crop, hidden: Tensor, by: Tensor, renewed: float | None) -> None:
+    def end(self, crop: Crop, hidden: Tensor, by: Tensor, renewals: Sequence[tuple[int, float]]) -> None:
         """Take a step: by the gradient that the bias of the block from `begin` has gathered.
 
         Args:
             hidden: the hidden units (H,) that the block was multiplied with.
             by: what `Modes.steps` gives, as a tensor (2,).
-            renewed: what `Modes.renewal` gives.
+            renewals: what `Modes.renewals` gives.
         """
         gradient = crop.bias.grad
         assert gradient is not None
         crop.weight.addcmul_(gradient[..., None], fed(hidden, by))
         c_out, c_in = gradient.shape[:2]
         self.bias[:c_out, :c_in].addcmul_(gradient[..., None], by)
-        if renewed is not None:
+        for at, factor in renewals:
             for part in (self.weight, self.bias):
-                part.tensor_split(2, -1)[1].mul_(renewed)
+                part.tensor_split(2, -1)[at].mul_(factor)
 
     def rebase(self, old: Modes, steps: int, new: Modes) -> None:
         """After `steps` steps of the old modes: the same state in new ones, before their first step."""

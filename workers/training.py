@@ -47,7 +47,8 @@ class TrainingSettings:
     momentum: float = 0.9
     weight_decay: float = 4e-5
     label_smoothing: float = 0.1
-    schedule: Literal["linear"] = "linear"
+    schedule: Literal["linear", "steps"] = "linear"
+    """How the rate falls over the epochs: in proportion to those left, or to a tenth after every quarter of them."""
     clip_norm: float | None = None
     """Gradients are scaled down to this norm, and dropped where they are not finite; None leaves them. In networks of
     very few channels a dead one makes gradients explode through its batch norm."""
@@ -77,7 +78,9 @@ class TrainingSettings:
         """Learning rate of an iteration, in epochs of so many steps."""
         rising = self.warm_up * self.epochs * steps
         start = min(1.0, (iteration + 1) / rising) if rising else 1.0
-        return self.learning_rate * (1 - iteration // steps / self.epochs) * start
+        epoch = iteration // steps
+        left = 1 - epoch / self.epochs if self.schedule == "linear" else 0.1 ** (4 * epoch // self.epochs)
+        return self.learning_rate * left * start
 
 
 class Trainer(abc.ABC):
@@ -307,7 +310,7 @@ class PruningNetTrainer(Trainer):
         self._clip([*self._sgd.parameters, *(crop.bias for crop in crops.values())], (1 + norms.square()).sqrt())
         with torch.no_grad():
             for name, crop in crops.items():
-                self._blocks[name].end(crop, hidden[name].detach(), by, modes.renewal(step))
+                self._blocks[name].end(crop, hidden[name].detach(), by, modes.renewals(step))
         self._sgd.step(self._rule(rate))
 
     def _end_epoch(self, rate: float) -> None:

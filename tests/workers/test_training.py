@@ -11,7 +11,8 @@ from latency_profiler.cost import flops
 from latency_profiler.durable import place
 from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.spaces.registry import get_space
-from workers import checkpoints
+from service.specs import JobRequest, resolve
+from workers import checkpoints, sgd
 from workers.datasets import Data
 from workers.evaluation import evaluate
 from workers.evaluation import test as score
@@ -100,6 +101,20 @@ def test_a_curriculum_widens_structures_from_nearly_uniform_to_all(data: Data) -
     assert drawn.at(20 * STRUCTURES) == whole.at(20 * STRUCTURES)
 
 
+def test_a_rate_falls_to_a_tenth_after_every_quarter_where_that_is_asked_for() -> None:
+    published = resolve(
+        JobRequest.model_validate(
+            {"space": "resnet50", "dataset": "d", "effort": "paper", "constraints": [{"metric": "flops", "max": 1}]}
+        ),
+        224,
+    )
+    for part, rate, epochs in ((published.training, 0.1, 32), (published.retraining, 0.2, 128)):
+        settings = TrainingSettings.of(part.model_dump())
+        rates = [settings.rate(7 * epoch + 3, 7) for epoch in range(settings.epochs)]
+        quarters = [rate * 0.1**quarter for quarter in range(4) for _ in range(epochs // 4)]
+        assert rates == pytest.approx(quarters)
+
+
 def test_a_state_of_something_else_is_refused(data: Data) -> None:
     trainer = scratch(data)
     with pytest.raises(ValueError, match="not a state"):
@@ -117,14 +132,21 @@ def test_a_network_learns_and_reports(data: Data) -> None:
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5, 0.0])
 @pytest.mark.parametrize("hidden", [None, SHARED])
-def test_cropped_sgd_equals_plain_sgd(hidden: int | None, momentum: float) -> None:
+@pytest.mark.parametrize("span", [sgd.SPAN, 1.2])
+def test_cropped_sgd_equals_plain_sgd(
+    hidden: int | None, momentum: float, span: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against torch.optim.SGD on whole parameters with gradients that are zero outside random leading blocks."""
+    monkeypatch.setattr(sgd, "SPAN", span)
     torch.manual_seed(0)
     net = PruningNet(get_space("resnet20", 8, 0.5, 4, True), hidden).double()
     whole, moving = net.generators["4"], "bias" if hidden == SHARED else "weight"
     weight = torch.nn.Parameter(getattr(whole, moving).detach().clone())
     reference = torch.optim.SGD([weight], lr=0.1, momentum=momentum, weight_decay=1e-3)
-    modes, steps = Modes(Rule(0.1, momentum, 1e-3)), 260  # longer than a unit of the fast mode
+    modes, steps = (
+        Modes(Rule(0.1, momentum, 1e-3)),
+        260,
+    )  # longer than a mode's unit
     ours = CroppedSGD(whole.crop(*whole.bias.shape[:2]), modes)
     for rate in (0.1, 0.05):
         reference.param_groups[0]["lr"] = rate
@@ -136,7 +158,7 @@ def test_cropped_sgd_equals_plain_sgd(hidden: int | None, momentum: float) -> No
             written = crop.weight @ fed(units, now) + crop.bias
             plain = weight[:c_out, :c_in] if hidden == SHARED else weight[:c_out, :c_in] @ units + crop.bias
             assert torch.allclose(written, plain, atol=1e-9)
-            ours.end(crop, units, by, modes.renewal(step))
+            ours.end(crop, units, by, modes.renewals(step))
             weight.grad = torch.zeros_like(weight)
             weight.grad[:c_out, :c_in] = crop.bias.grad if hidden == SHARED else crop.bias.grad[..., None] * units
             reference.step()
