@@ -24,6 +24,8 @@ from workers.screening import guess
 Encoding = tuple[int, ...]
 Key = Callable[[Encoding], object]
 ROUNDS = 100
+AMONG = 10
+"""Finalists are chosen among so many times their number of the best candidates."""
 MOST_KNOWN = 2000
 """A guess is from so many judged structures, the last ones: it takes their number cubed."""
 MOST_ENUMERATED = 50_000
@@ -164,6 +166,22 @@ class Evolution:
         for one in self.ranking():
             best.setdefault(key(one.proposal.encoding), one)
         return list(best.values())[:count]
+
+    def apart(self, count: int, key: Key, widths: Callable[[Encoding], Sequence[int]]) -> list[Judged]:
+        """The best candidate, and of the best `AMONG` times `count` those that are least like one another, best first.
+
+        The best of a search differ in little but their last bits of loss, and trained they would differ in nothing
+        that a short training could tell. Distances are those of the logarithms of `widths`.
+        """
+        best = self.top(AMONG * count, key)
+        if len(best) <= count:
+            return best
+        logs = np.log([widths(one.proposal.encoding) for one in best])
+        chosen, distance = [0], np.full(len(best), np.inf)
+        while len(chosen) < count:
+            distance = np.minimum(distance, np.square(logs - logs[chosen[-1]]).mean(1))
+            chosen.append(int(distance.argmax()))
+        return [best[at] for at in sorted(chosen)]
 
     def diversity(self) -> float:
         """Mean share of genes in which two candidates of the last generation differ."""

@@ -1,6 +1,6 @@
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,24 @@ def test_a_draw_that_finds_nothing_feasible_does_not_end_the_drawing() -> None:
     limits = Unlucky(120)
     assert len(Evolution(SMALL, 0, limits).propose()) == SMALL.population
     assert limits.draws >= 3
+
+
+def test_candidates_apart_are_the_best_and_those_least_like_one_another() -> None:
+    search = judged(Evolution(SMALL, 0, LIMITS))
+    best = search.top(len(search.judged), lambda encoding: encoding)
+    found = search.apart(4, lambda encoding: encoding, lambda encoding: [gene + 1 for gene in encoding])
+    assert found[0] == best[0]
+    places = [best.index(one) for one in found]
+    assert places == sorted(places)
+    assert places[-1] < 10 * 4
+
+    def least(ones: list[Any]) -> float:
+        logs = np.log(np.array([one.proposal.encoding for one in ones]) + 1)
+        return min(float(np.square(one - other).mean()) for one, other in combinations(logs, 2))
+
+    assert least(found) > 2 * least(best[:4])
+    few = search.apart(len(best), lambda encoding: encoding, lambda encoding: encoding)
+    assert few == best
 
 
 def test_reopened_under_a_tighter_budget() -> None:

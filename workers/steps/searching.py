@@ -142,9 +142,13 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
 
 
 def _shortlist(context: Context, search: Evolution) -> dict[str, tuple[int, ...]]:
-    """Structure id → channels of the best, best first."""
-    most = max(SHORTLIST, context.spec.retraining.finalists or 0)
-    best = search.top(1 if isinstance(search, Front) else most, _structure_id(context))
+    """Structure id → channels of the best, best first; of several finalists they are spread."""
+    finalists, most = context.spec.retraining.finalists or 1, 1 if isinstance(search, Front) else SHORTLIST
+    key = _structure_id(context)
+    if finalists > 1:
+        best = search.apart(max(most, finalists) if context.constrained else finalists, key, context.space.channels)
+    else:
+        best = search.top(most, key)
     channels = [context.space.channels(one.proposal.encoding) for one in best]
     return {context.space.digest(each): each for each in channels}
 
@@ -207,7 +211,7 @@ def _queue(
     """
     space, key, count = context.space, _structure_id(context), context.spec.retraining.top or 1
     best = [one for one in search.top(count + len(refused), key) if key(one.proposal.encoding) not in refused][:count]
-    finalists = [one for one in search.top(len(held) + len(refused), key) if key(one.proposal.encoding) in held]
+    finalists = [one for one in search.top(len(search.judged), key) if key(one.proposal.encoding) in held]
     finalists = finalists[: context.spec.retraining.finalists or 1]
     role = Role.WINNER
     if context.spec.objective == "best" and len(finalists) > count:
