@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ class Spool:
         save(self._file(upload["upload_id"]), json.dumps(upload).encode())
 
     def pending(self) -> Iterator[dict[str, Any]]:
-        """Uploads that wait, the oldest first."""
-        for file in sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
+        """Uploads that wait, the oldest first; another agent of the same spool may hand them in meanwhile."""
+        waiting = list[tuple[int, Path]]()
+        for file in self.folder.glob("*.json"):
+            with suppress(FileNotFoundError):
+                waiting.append((file.stat().st_mtime_ns, file))
+        for _, file in sorted(waiting):
             try:
                 upload = json.loads(file.read_bytes())
                 yield {**upload, "upload_id": file.stem}
+            except FileNotFoundError:
+                continue
             except (ValueError, TypeError):
                 log.warning("%s is no upload; it is left out", file)
                 file.rename(file.with_suffix(".broken"))

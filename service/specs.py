@@ -96,8 +96,9 @@ class RetrainingSpec(ScratchSpec):
 
     top: Annotated[int, Field(ge=1, le=10)] | None = None
     finalists: Annotated[int, Field(ge=1, le=50)] | None = None
-    """So many of the search's best are trained for `trial_epochs` on the part of the training set that the PruningNet
-    saw; the `top` of them on the other part are the winners. No more than `top`: none, as for fronts."""
+    """So many of the search's best, spread over ten times as many, are trained for `trial_epochs` on the part of the
+    training set that the PruningNet saw; the `top` of them on the other part are the winners. No more than `top`: none,
+    as for fronts."""
     trial_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
