@@ -16,7 +16,7 @@ import jobs
 
 RANDOM = {"strategy": "random", "generations": 20, "population": 50}
 OPERATORS: dict[str, dict[str, Any]] = {"screened": {}, "published": {"repair": False, "screening": 1}}
-SHORT = {"retraining": {"epochs": 1}, "baselines": False}
+SHORT = {"retraining": {"epochs": 1, "finalists": 1}, "baselines": False}
 
 
 def main() -> None:

@@ -35,10 +35,10 @@ def main() -> None:
         "space": options.space, "width": options.width, "image_size": options.image_size, "dataset": options.dataset,
         "constraints": [{"metric": "flops", "max": options.max_flops}], "effort": options.effort, "search": SHORTEST,
         "fidelity": {"structures": options.structures, "epochs": options.epochs}, "baselines": False,
-        "seed": options.seed,
+        "seed": options.seed, "retraining": {"finalists": 1},
     }  # fmt: skip
     if options.epochs:
-        request["retraining"] = {"epochs": options.epochs}  # of the search's winner, which nobody asked for
+        request["retraining"] |= {"epochs": options.epochs}  # of the search's winner, which nobody asked for
     requests = [request | {"training": {"weights": weights}} for weights in options.weights]
     with service() as client:
         jobs = run(client, requests)

@@ -2,7 +2,7 @@
 
     secateurs datasets add cifar10 cifar10_images.tar.xz
     python benchmarks/gain.py mobilenet_v1_eighth --seeds 0 1 2
-    python benchmarks/gain.py mobilenet_v2_eighth --set '{"retraining": {"finalists": 8}}' --suffix _finalists
+    python benchmarks/gain.py mobilenet_v2_eighth --set '{"retraining": {"finalists": 1}}' --suffix _first
     python benchmarks/gain.py --table
 
 Each seed is two jobs of a running service with one PruningNet: evolution with the uniform width as its baseline, and

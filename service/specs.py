@@ -219,6 +219,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
     },
 }  # fmt: skip
+FINALISTS = {"smoke": 1, "quick": 1, "standard": 8, "paper": 1}
+"""Of a search for one structure; 1 is to take the PruningNet's word."""
 TRIAL_SHARE = 3 / 8
 """Epochs of a finalist's training beside those of a winner's, where the request names no number."""
 MEMBERS = 3
@@ -268,7 +270,8 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
             preset |= PUBLISHED.get(request.space, {}).get(part, {})
         if part == "retraining":
             epochs = request.retraining.epochs or preset["epochs"]
-            preset |= {"finalists": 1, "trial_epochs": max(1, int(TRIAL_SHARE * epochs))}
+            finalists = FINALISTS[request.effort] if request.objective == "best" else 1
+            preset |= {"finalists": finalists, "trial_epochs": max(1, int(TRIAL_SHARE * epochs))}
         given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}
         filled[part] = type(getattr(request, part)).model_validate(preset | given)
     epochs = request.fidelity.epochs or filled["retraining"].epochs

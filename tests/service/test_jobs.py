@@ -70,6 +70,7 @@ def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -
     spec = submit(client, objective="front").json()["spec"]
     assert (spec["search"]["least_budget_share"], spec["retraining"]["top"]) == (0.0, 3)
     assert submit(client, objective="front", retraining={"top": 5}).json()["spec"]["retraining"]["top"] == 5
+    assert submit(client, objective="front", effort="standard").json()["spec"]["retraining"]["finalists"] == 1
     two = [*REQUEST["constraints"], {"metric": "parameters", "max": 100_000}]
     for changes, reason in (
         ({"constraints": two}, "one constraint"),

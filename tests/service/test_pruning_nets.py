@@ -100,6 +100,8 @@ def test_a_job_asks_for_fidelity_and_the_ablations(client: TestClient, monkeypat
     assert asked["search"]["recalibration_images"] == 0
     fitted = [spec(effort=effort)["search"]["classifier_images"] for effort in ("smoke", "standard", "paper")]
     assert fitted == [0, 5000, 0]
+    trained = [spec(effort=effort)["retraining"] for effort in ("smoke", "standard", "paper")]
+    assert [(one["finalists"], one["trial_epochs"]) for one in trained] == [(1, 1), (8, 3), (1, 96)]
     for wrong in (
         {"fidelity": {"structures": 3}}, {"fidelity": {"structures": 201}}, {"fidelity": {"epochs": 0}},
         {"search": {"recalibration_images": 5}}, {"training": {"weights": "none"}}, {"fidelity": 24},
