@@ -121,7 +121,8 @@ class Bench:
             self._heard(line, PATIENCE)  # that it is ready
         except (EOFError, OSError, MeasurementFailed) as error:
             line.close()
-            raise NoMeasuringProcess(self._runtime, self._end()) from error
+            how = "hung" if isinstance(error, MeasurementFailed) else self._end()
+            raise NoMeasuringProcess(self._runtime, how) from error
         self._line = line
         return line
 

@@ -67,7 +67,7 @@ def take(session: Session, device: Device, document: Mapping[str, Any]) -> tuple
     for statistic, name in FITS.items():
         for key, fit in (document.get(name) or {}).items():
             session.merge(TableFit(table_id=table_id, space_key=key, statistic=statistic, **fit))
-    if not measurements.is_measured(session, device):
+    if measurements.measured_table(session, device) is None:
         measurements.switch(session, device, table_id)
     return sum(row["kind"] is WorkKind.LAYER for row in new.values()), device.table_id == table_id
 

@@ -100,7 +100,7 @@ def request_for_job(session: Session, device: Device, space_arguments: dict[str,
     key = get_space(**space_arguments).key
     sleeping = [one for one in profiles(session, device) if one.space_key == key and one.mode == ON_DEMAND]
     profile = sleeping[0] if sleeping else request_profile(session, device, space_arguments, "sampled", SAMPLED)
-    if (table_id := _measured_table(session, device)) is not None:
+    if (table_id := measured_table(session, device)) is not None:
         if profile.planned_table_id == table_id:
             work.hurry(session, profile, table_id)
         else:
@@ -257,7 +257,7 @@ def request_networks(
         Their keys, for `network_seconds`.
     """
     networks = [work.network_item(space, channels, purpose, statistic) for space, channels, purpose in items]
-    if (table_id := _measured_table(session, device)) is not None:
+    if (table_id := measured_table(session, device)) is not None:
         work.add(session, table_id, networks, priority)
     return [network.key for network in networks]
 
@@ -297,7 +297,7 @@ def measure_anew(session: Session, device: Device) -> bool:
         Whether there is a new table.
     """
     devices.lock(session, device)
-    if (table_id := _measured_table(session, device)) is None or size(session, table_id) == (0, 0):
+    if (table_id := measured_table(session, device)) is None or size(session, table_id) == (0, 0):
         return False
     old = session.get_one(LookupTable, table_id)
     new = LookupTable(device_id=device.id, fingerprint_id=old.fingerprint_id, version=old.version + 1)
@@ -335,7 +335,7 @@ def plan(session: Session, device: Device) -> None:
 
 
 def _plan_for(session: Session, device: Device, wanted: Sequence[Profile]) -> None:
-    table_id = _measured_table(session, device)
+    table_id = measured_table(session, device)
     new = [profile for profile in wanted if profile.planned_table_id != table_id]
     if table_id is None or not new:
         return
@@ -351,12 +351,7 @@ def _for_jobs(profile: Profile) -> bool:
     return profile.mode == ON_DEMAND or (profile.mode == "sampled" and profile.points == SAMPLED)
 
 
-def is_measured(session: Session, device: Device) -> bool:
-    """Whether an agent fills the current table."""
-    return _measured_table(session, device) is not None
-
-
-def _measured_table(session: Session, device: Device) -> str | None:
+def measured_table(session: Session, device: Device) -> str | None:
     """Id of the current table if an agent fills it: nobody can add to an imported one."""
     fingerprint = current_fingerprint(session, device)
     return None if fingerprint is None or fingerprint.facts.get("imported") is True else device.table_id

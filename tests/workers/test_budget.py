@@ -35,7 +35,7 @@ def test_every_sampled_structure_uses_the_budget_and_keeps_it(share: float) -> N
     assert len(found) == 50
     assert all(0.97 * share * FULL <= count <= share * FULL for count in counted)
     assert len(set(map(tuple, found.tolist()))) > 25
-    assert (found.std(axis=0) > 0.8).all()
+    assert (found.std(axis=0) > (1 if share > 0.1 else 0.8)).all()  # hardly anything is wide enough at 1/30
 
 
 def test_sampling_depends_on_its_generator_only() -> None:
@@ -172,8 +172,7 @@ def test_samples_cover_the_genes_and_do_not_collapse(share: float) -> None:
     widths = budget.channels(found) / budget.channels(np.array([SPACE.largest]))
     assert (widths.std(axis=0) > 0.1).all()
     for gene, choices in enumerate(SPACE.choices):
-        distinct = len(set(choices))
-        assert len(np.unique(found[:, gene])) > 0.5 * distinct
+        assert len(np.unique(found[:, gene])) > 0.54 * len(set(choices))
         assert np.unique(found[:, gene], return_counts=True)[1].max() < 0.4 * len(found)
     differ = (found[:200, None] != found[None, :200]).mean()
     assert differ > 0.85
