@@ -167,7 +167,7 @@ def best(
             hits = structures.best_candidates(session, keys, dataset_id, budget, limit)
             found = {hit.structure_id: hit.found for hit in hits}
             items = _show(session, list(found), found, dataset_id)
-        measured = structures.measured(session, keys, latencies)
+        measured = structures.measured(session, [item.structure_id for item in items], latencies)
     shown = {latency_name(id_, statistic): latency_name(name, statistic) for name, id_ in ids.items()}
     for item in items:
         seconds = measured.get(item.structure_id, {})

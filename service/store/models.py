@@ -284,13 +284,20 @@ class Work(Base):
     error: Mapped[str | None] = mapped_column(Text)
 
 
+def _structure_of(context: Any) -> str | None:
+    """The structure of a measured network, by its key."""
+    row = context.get_current_parameters()
+    return row["key"].split("|")[1][:32] if row["kind"] == WorkKind.NETWORK and "|" in row["key"] else None
+
+
 class Measurement(Base):
     """Raw seconds of one layer or network, with their conditions. The first one of a key stands."""
 
     __tablename__ = "measurements"
     __table_args__ = (
         UniqueConstraint("table_id", "kind", "key"),
-        Index("ix_measurements_seconds", "table_id", "kind", "key", "seconds", "p90"),
+        Index("ix_measurements_structure", "table_id", "structure_id", "seconds", "p90"),
+        Index("ix_measurements_seconds", "table_id", "seconds", "structure_id"),
         ForeignKeyConstraint(
             ["table_id", "fingerprint_id"], ["lookup_tables.id", "lookup_tables.fingerprint_id"], ondelete="CASCADE"
         ),
@@ -300,6 +307,8 @@ class Measurement(Base):
     fingerprint_id: Mapped[str] = mapped_column(String(32))
     kind: Mapped[WorkKind] = mapped_column(_enum(WorkKind))
     key: Mapped[str] = mapped_column(String(200))
+    structure_id: Mapped[str | None] = mapped_column(String(32), default=_structure_of)
+    """Of a network."""
     payload: Mapped[dict[str, Any]]
     """The work's payload."""
     seconds: Mapped[float]

@@ -9,13 +9,12 @@ prediction.
 """
 
 import heapq
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, Select, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Statistic, latency_name, split_latency
@@ -30,13 +29,12 @@ from service.store.models import (
     Result,
     Structure,
     StructureLatency,
-    WorkKind,
 )
 from service.store.skybands import COUNTS, Members, Place
 
 CHUNK = 64
-MOST_MEASURED = 500
-"""Of a device's measured networks, so many are known here, the last ones: 2,000 would make an answer take 15 ms."""
+FAR = 1.25
+"""A skyband's answer lacks structures that are predicted above a bound and were measured within it by more than this."""
 SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
 
 
@@ -82,12 +80,7 @@ def best_candidates(
     session: Session, space_keys: Sequence[str], dataset_id: str, budget: Budget, limit: int
 ) -> list[Hit]:
     """The distinct structures of highest proxy accuracy within a budget, best first."""
-    known, holding = _measured(session, space_keys, budget)
-    found = [_best(session, key, dataset_id, budget, limit, known) for key in space_keys]
-    if holding:
-        counted = Budget(budget.flops, budget.parameters)
-        query = _candidates(space_keys, dataset_id, counted).where(Candidate.structure_id.in_(holding))
-        found.append(iter(sorted((Hit(*row) for row in session.execute(query)), key=_rank)))
+    found = [_best(session, key, dataset_id, budget, limit) for key in space_keys]
     hits: dict[str, Hit] = {}
     for hit in heapq.merge(*found, key=_rank):
         hits.setdefault(hit.structure_id, hit)
@@ -96,62 +89,55 @@ def best_candidates(
     return list(hits.values())
 
 
-def _best(
-    session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int, known: Set[str]
-) -> Iterator[Hit]:
-    """At least so many structures that are predicted within a budget and not `known` by measurement, best first."""
+def _best(session: Session, space_key: str, dataset_id: str, budget: Budget, limit: int) -> Iterator[Hit]:
+    """At least so many structures within a budget, best first, if there are so many."""
+    candidates, chunk = _candidates(space_key, dataset_id, budget), max(CHUNK, 2 * limit)
     if len(budget.bounds) == 1:
         [(cost, most)] = budget.bounds.items()
         members = skybands.read(session, Place(space_key, dataset_id, cost))
         if members is not None:
             chosen = members[members["cost"] <= most][: skybands.MOST].tolist()
             hits = [Hit(accuracy, flops, found, id_.decode()) for accuracy, flops, found, _, id_ in chosen]
-            hits = [hit for hit in hits if hit.structure_id not in known]
+            if cost not in COUNTS:
+                known = measured(session, [hit.structure_id for hit in hits], [cost])
+                hits = [hit for hit in hits if known.get(hit.structure_id, {}).get(cost, 0.0) <= most]
             if len(hits) >= limit or len(chosen) < skybands.MOST:
-                return iter(hits)
-    walk = _walk(session, _candidates([space_key], dataset_id, budget), max(CHUNK, 2 * limit))
-    return (hit for hit in walk if hit.structure_id not in known)
+                faster = [] if cost in COUNTS else session.scalars(_faster(cost, most)).all()
+                others = candidates.where(Candidate.structure_id.in_(faster))
+                return heapq.merge(hits, _walk(session, others, chunk) if faster else (), key=_rank)
+    return _walk(session, candidates, chunk)
 
 
-def measured(session: Session, space_keys: Collection[str], latencies: Collection[str]) -> dict[str, dict[str, float]]:
+def _faster(latency: str, most: float) -> Select[str | None]:
+    """Ids of the structures that are predicted above a latency, but were measured within it."""
+    device_id = split_latency(latency)[0]
+    return (
+        select(Measurement.structure_id)
+        .join(StructureLatency, StructureLatency.structure_id == Measurement.structure_id)
+        .where(Measurement.table_id == _table(device_id), _measurement(latency).between(most / FAR, most))
+        .where(StructureLatency.device_id == device_id, _price(latency) > most)
+    )
+
+
+def measured(session: Session, ids: Collection[str], latencies: Collection[str]) -> dict[str, dict[str, float]]:
     """Structure id → latency → seconds of whole networks in the devices' current tables; of several the last counts."""
     found: dict[str, dict[str, float]] = {}
     for latency in latencies:
-        device_id, statistic = split_latency(latency)
-        seconds = Measurement.p90 if statistic is Statistic.P90 else Measurement.seconds
-        query = (
-            select(Measurement.id, Measurement.key, seconds)
-            .join(Device, Device.table_id == Measurement.table_id)
-            .where(Device.id == device_id, Measurement.kind == WorkKind.NETWORK, seconds.is_not(None))
-            .order_by(Measurement.id.desc())
-            .limit(MOST_MEASURED)
-        )
-        for _, key, took in session.execute(query):
-            space_key, _, structure = key.partition("|")
-            structure_id = structure.partition("|")[0]
-            if space_key in space_keys and took is not None:
-                found.setdefault(structure_id, {}).setdefault(latency, took)
+        query = select(Measurement.structure_id, seconds := _measurement(latency)).order_by(Measurement.id)
+        query = query.where(Measurement.table_id == _table(split_latency(latency)[0]), seconds.is_not(None))
+        for structure_id, took in session.execute(query.where(Measurement.structure_id.in_(ids))):
+            found.setdefault(structure_id, {})[latency] = took
     return found
 
 
-def _measured(session: Session, space_keys: Collection[str], budget: Budget) -> tuple[Set[str], list[str]]:
-    """Ids of the structures that were measured, and of those that hold a budget's latencies (else as predicted)."""
-    known = measured(session, space_keys, budget.latencies)
-    if not known:
-        return set(), []
-    seconds: dict[tuple[str, str], float] = {}
-    devices = {split_latency(latency)[0] for latency in budget.latencies}
-    query = select(StructureLatency).where(
-        StructureLatency.structure_id.in_(known), StructureLatency.device_id.in_(devices)
-    )
-    for row in session.scalars(query) if len(budget.latencies) > 1 else ():
-        for statistic, value in ((Statistic.P50, row.seconds), (Statistic.P90, row.p90)):
-            if value is not None:
-                seconds[row.structure_id, latency_name(row.device_id, statistic)] = value
-    seconds |= {(id_, latency): took for id_, figures in known.items() for latency, took in figures.items()}
-    bounds = budget.latencies.items()
-    holding = [id_ for id_ in known if all(seconds.get((id_, name), math.inf) <= most for name, most in bounds)]
-    return known.keys(), holding
+def _table(device_id: str) -> Any:
+    """Id of a device's current table."""
+    return select(Device.table_id).where(Device.id == device_id).scalar_subquery()
+
+
+def _measurement(latency: str) -> Any:
+    """The column of a measured latency."""
+    return Measurement.p90 if split_latency(latency)[1] is Statistic.P90 else Measurement.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +153,11 @@ def best_results(
     methods: Sequence[str] | None = None,
 ) -> list[Result]:  # fmt: skip
     """Trained networks of highest test accuracy within a budget, best first: of each structure the best per method."""
-    known, holding = _measured(session, space_keys, budget)
-    counts, latencies = _counted(budget, Structure), _predicted(budget, Result.structure_id)
     query = (
         select(Result)
         .join(Structure, Structure.id == Result.structure_id)
-        .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys), *counts)
-        .where(or_(Result.structure_id.in_(holding), and_(Result.structure_id.not_in(known), *latencies)))
+        .where(Result.dataset_id == dataset_id, Structure.space_key.in_(space_keys))
+        .where(*_within(budget, Structure.flops, Structure.parameters, Result.structure_id))
     )
     for most, name, dense in (
         (sparse.flops, "sparse_flops", Structure.flops), (sparse.kept, "kept", Structure.parameters)
@@ -240,26 +224,29 @@ def _price(cost: str) -> Any:
     return StructureLatency.p90 if split_latency(cost)[1] is Statistic.P90 else StructureLatency.seconds
 
 
-def _candidates(space_keys: Sequence[str], dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
+def _candidates(space_key: str, dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
     return (
         select(Candidate.proxy_accuracy, Candidate.flops, Candidate.id, Candidate.structure_id)
-        .where(Candidate.space_key.in_(space_keys), Candidate.dataset_id == dataset_id)
-        .where(*_counted(budget, Candidate), *_predicted(budget, Candidate.structure_id))
+        .where(Candidate.space_key == space_key, Candidate.dataset_id == dataset_id)
+        .where(*_within(budget, Candidate.flops, Candidate.parameters, Candidate.structure_id))
     )
 
 
-def _counted(budget: Budget, table: Any) -> list[ColumnElement[bool]]:
-    bounds = ((table.flops, budget.flops), (table.parameters, budget.parameters))
-    return [column <= most for column, most in bounds if most is not None]
-
-
-def _predicted(budget: Budget, structure_id: Any) -> list[ColumnElement[bool]]:
+def _within(budget: Budget, flops: Any, parameters: Any, structure_id: Any) -> list[ColumnElement[bool]]:
     bounds: list[ColumnElement[bool]] = []
+    if budget.flops is not None:
+        bounds.append(flops <= budget.flops)
+    if budget.parameters is not None:
+        bounds.append(parameters <= budget.parameters)
     for name, seconds in budget.latencies.items():
-        latency = select(_price(name)).where(
-            StructureLatency.structure_id == structure_id, StructureLatency.device_id == split_latency(name)[0]
+        device_id, _ = split_latency(name)
+        of_it = (Measurement.table_id == _table(device_id), Measurement.structure_id == structure_id)
+        last = select(_measurement(name)).where(*of_it, _measurement(name).is_not(None))
+        last = last.order_by(Measurement.id.desc()).limit(1)
+        predicted = select(_price(name)).where(
+            StructureLatency.structure_id == structure_id, StructureLatency.device_id == device_id
         )
-        bounds.append(latency.scalar_subquery() <= seconds)
+        bounds.append(func.coalesce(last.scalar_subquery(), predicted.scalar_subquery()) <= seconds)
     return bounds
 
 
