@@ -34,7 +34,7 @@ from service.store.skybands import COUNTS, Members, Place
 
 CHUNK = 64
 FAR = 1.25
-"""A skyband's answer lacks structures that are predicted above a bound and were measured within it by more than this."""
+"""A skyband's answer lacks structures predicted above a bound and measured within it by more than this."""
 SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
 
 
