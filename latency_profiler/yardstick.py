@@ -1,61 +1,58 @@
-"""Whether this machine is undisturbed, told by the time that a fixed piece of work takes.
+"""Whether this machine is undisturbed, told by the time that fixed pieces of work take.
 
 A processor that others share has speeds, not one speed: a neighbour on the same physical core makes everything take
-half as long again, for moments or for minutes, and no counter of the guest shows it. So a short piece of work that
-never changes is timed before and after every value. Where it takes longer than it is known to take at best, the value
-is kept and marked as disturbed, and counts for nothing. The work touches vector units and second-level cache, which
-is what neighbours take away.
+half as long again, for moments or for minutes, and no counter of the guest shows it. So short pieces of work that
+never change are timed before and after every value. Where one takes longer than it is known to take at best, the value
+is kept and marked as disturbed, and counts for nothing. One piece keeps the second-level cache busy, the other the
+vector units: neighbours take away the one or the other.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from mmap import mmap
 
 import numpy as np
+from numpy.typing import NDArray
 
-TOLERANCE = 1.15
-"""Times the best at which a machine is still quiet: undisturbed, the work varied by 8 %, disturbed by 25 % up."""
-NUMBERS = 1 << 14
-REPEATS = 20
+Clock = Callable[[], float]
+Work = Callable[[], float]
+"""Does a piece of work and gives the seconds it took."""
+TOLERANCE = 1.1
+"""Times the best at which a machine is still quiet: undisturbed, the pieces vary by 5 %, disturbed by 20 % up."""
 LEARNING = 2.0
-"""Seconds for which the best time is looked for before anything is measured."""
+"""Seconds for which the best times are looked for before anything is measured."""
 MEMORY = 600
 """Moments whose best times are kept: a clock that is lowered for good becomes the new normal."""
 MOMENT = 1.0
 
 
 class Yardstick:
-    """A fixed piece of work on as many threads as are measured.
+    """Fixed pieces of work on as many threads as are measured.
 
     Args:
         threads: that must all be undisturbed.
-        work: takes a number of seconds; None is the usual piece, on every thread at once.
+        pieces: of work; None is the usual two, on every thread at once.
         clock: of this machine.
     """
 
     def __init__(
-        self,
-        threads: int = 1,
-        work: Callable[[], float] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, threads: int = 1, pieces: Sequence[Work] | None = None, clock: Clock = time.perf_counter
     ) -> None:
         self._clock = clock
-        self._work = work or _spread([_piece(clock) for _ in range(threads)])
-        self._best: deque[tuple[float, float]] = deque(maxlen=MEMORY)
+        self._pieces = [_Piece(work, clock) for work in pieces or _usual(threads, clock)]
         self._learn()
 
     @property
     def best(self) -> float:
-        """Seconds that the work takes undisturbed."""
-        return min(seconds for _, seconds in self._best)
+        """Seconds that the pieces take undisturbed."""
+        return sum(piece.best for piece in self._pieces)
 
     def quiet(self) -> bool:
         """Whether the machine is undisturbed now."""
-        self._work()  # fills the caches
-        seconds = self._work()
-        self._note(seconds)
-        return seconds <= TOLERANCE * self.best
+        disturbed = [piece for piece in self._pieces if not piece.quiet()]
+        return not disturbed
 
     def settle(self, until: float) -> bool:
         """Wait for a quiet moment, at most until the clock says so; whether there is one.
@@ -74,32 +71,71 @@ class Yardstick:
     def _learn(self) -> None:
         end = self._clock() + LEARNING
         while self._clock() < end:
-            self._work()
-            self._note(self._work())
+            self.quiet()
+
+
+class _Piece:
+    """A piece of work, and the least time that it took in each of the latest moments."""
+
+    def __init__(self, work: Work, clock: Clock) -> None:
+        self._work, self._clock = work, clock
+        self._moments: deque[tuple[float, float]] = deque(maxlen=MEMORY)
+
+    @property
+    def best(self) -> float:
+        return min(seconds for _, seconds in self._moments)
+
+    def quiet(self) -> bool:
+        self._work()  # fills the caches
+        seconds = self._work()
+        self._note(seconds)
+        return seconds <= TOLERANCE * self.best
 
     def _note(self, seconds: float) -> None:
-        """Keep the best of each moment."""
         now = self._clock()
-        if self._best and now - self._best[-1][0] < MOMENT:
-            at, best = self._best.pop()
-            self._best.append((at, min(best, seconds)))
+        if self._moments and now - self._moments[-1][0] < MOMENT:
+            at, best = self._moments.pop()
+            self._moments.append((at, min(best, seconds)))
         else:
-            self._best.append((now, seconds))
+            self._moments.append((now, seconds))
 
 
-def _piece(clock: Callable[[], float]) -> Callable[[], float]:
-    left, right, product = (np.ones(NUMBERS, dtype=np.float32) for _ in range(3))
+def _usual(threads: int, clock: Clock) -> list[Work]:
+    return [_spread([piece(clock) for _ in range(threads)]) for piece in (_multiplying, _exponentials)]
+
+
+def _multiplying(clock: Clock) -> Work:
+    """Products of numbers that the second-level cache holds."""
+    left, right, product = (_numbers(1 << 14) for _ in range(3))
 
     def work() -> float:
         start = clock()
-        for _ in range(REPEATS):
+        for _ in range(20):
             np.multiply(left, right, out=product)
         return clock() - start
 
     return work
 
 
-def _spread(pieces: list[Callable[[], float]]) -> Callable[[], float]:
+def _exponentials(clock: Clock) -> Work:
+    """Arithmetic on numbers that the first-level cache holds."""
+    given, found = (_numbers(1 << 12) for _ in range(2))
+
+    def work() -> float:
+        start = clock()
+        for _ in range(20):
+            np.exp(given, out=found)
+        return clock() - start
+
+    return work
+
+
+def _numbers(count: int) -> NDArray[np.float32]:
+    """Zeros from the start of a page: astride cache lines, the same work takes up to twice as long."""
+    return np.frombuffer(mmap(-1, 4 * count), np.float32)
+
+
+def _spread(pieces: list[Work]) -> Work:
     """The slowest of pieces that are done at the same time, each on a thread of its own."""
     if len(pieces) == 1:
         return pieces[0]

@@ -9,7 +9,7 @@ import pytest
 from latency_profiler.layers import Layer, Op
 from latency_profiler.measuring import measure_group, measure_work, yardstick_of
 from latency_profiler.runtimes.base import Settings, open_runtime
-from latency_profiler.yardstick import LEARNING, MEMORY, TOLERANCE, Yardstick, _spread
+from latency_profiler.yardstick import LEARNING, MEMORY, TOLERANCE, Yardstick, _numbers, _spread
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Shared:
         return seconds
 
     def yardstick(self) -> Yardstick:
-        return Yardstick(work=self.work, clock=lambda: self.now)
+        return Yardstick(pieces=[self.work], clock=lambda: self.now)
 
 
 def test_the_best_time_is_learnt_before_anything_is_measured() -> None:
@@ -63,6 +63,23 @@ def test_a_processor_that_has_become_slower_for_good_is_quiet_again() -> None:
         machine.now += 1.0
         yardstick.quiet()
     assert yardstick.quiet()
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_all_pieces_must_be_as_fast_as_they_can_be(slow: int) -> None:
+    factors = [1.0, 1.0]
+    machines = [Shared(lambda now, at=at: 1e-3 * factors[at]) for at in range(2)]  # type: ignore[misc]
+    yardstick = Yardstick(pieces=[one.work for one in machines], clock=lambda: sum(one.now for one in machines))
+    assert yardstick.quiet()
+    assert yardstick.best == pytest.approx(2e-3)
+    factors[slow] = TOLERANCE + 0.01
+    assert not yardstick.quiet()
+    factors[slow] = 1.0
+    assert yardstick.quiet()
+
+
+def test_numbers_of_the_usual_pieces_are_not_astride_cache_lines() -> None:
+    assert all(_numbers(1 << 12).ctypes.data % 64 == 0 for _ in range(8))
 
 
 def test_all_threads_must_be_undisturbed() -> None:
