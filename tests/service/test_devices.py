@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from latency_profiler.lookup_table import Entry, Fit, LatencyTable
 from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import broker
-from service.store import jobs
+from service.store import devices, jobs
 from service.store.measurements import canonical_sha
 from service.store.models import Base, Dataset, Job, JobState
 from service.store.session import get_engine, transaction
@@ -283,6 +284,27 @@ def test_a_device_that_a_job_needs_stays(client: TestClient) -> None:
     with transaction() as session:
         jobs.request_cancel(session, job_id)
     assert client.delete("/v1/devices/bench").status_code == 204
+    assert client.get("/v1/devices").json() == {"items": []}
+
+
+@pytest.mark.parametrize("asked", ["profile", "lease", "upload"])
+def test_a_device_that_is_deleted_meanwhile_is_not_there_any_more(client: TestClient, asked: str) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE)
+    results = [result(item) for item in lease(client, agent).json()["items"]]
+    ask = {
+        "profile": lambda: client.post("/v1/devices/bench/profiles", json=PROFILE | {"points": 4}),
+        "lease": lambda: lease(client, agent),
+        "upload": lambda: upload(client, agent, results),
+    }[asked]
+    with ThreadPoolExecutor(1) as pool:
+        with transaction() as session:
+            devices.lock(session, devices.get(session, "bench"))
+            answer = pool.submit(ask)
+            with pytest.raises(TimeoutError):
+                answer.result(0.5)  # it takes its turn
+            devices.delete(session, "bench")
+        assert answer.result(10).status_code in (401, 404)
     assert client.get("/v1/devices").json() == {"items": []}
 
 
