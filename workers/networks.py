@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
@@ -88,9 +89,26 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
         case Activation.RELU:
             return functional.relu_(x)
         case Activation.RELU6:
-            return functional.hardtanh_(x, 0.0, 6.0)
+            bounded: Tensor = _Relu6.apply(x)  # type: ignore[no-untyped-call]
+            return bounded
         case Activation.NONE:
             return x
+
+
+class _Relu6(torch.autograd.Function):
+    """`hardtanh_(x, 0, 6)`, which would keep a copy of x for its gradient, though the output tells as much."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.clamp_(0.0, 6.0))
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        moved: Tensor = torch.ops.aten.hardtanh_backward(gradients[0], *ctx.saved_tensors, 0.0, 6.0)
+        return moved
 
 
 def pool(layer: Layer, x: Tensor) -> Tensor:

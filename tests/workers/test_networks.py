@@ -3,18 +3,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from latency_profiler.cost import flops, parameters
 from latency_profiler.graphs import build_model
-from latency_profiler.layers import Layer, Op
+from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import CHOICES, IMAGE
 from latency_profiler.tensors import network_inputs
 from tests.profiler.test_graphs import onnx_result
 from workers import networks
-from workers.networks import PlainNetwork, folded_weights, run
+from workers.networks import PlainNetwork, activate, folded_weights, run
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
@@ -135,3 +136,21 @@ def test_hidden_linear_layers_begin_with_hes_deviation_and_classifiers_with_a_sm
     network = PlainNetwork(space, space.channels(space.largest), 0)
     deviations = [network.weight(i).std().item() for i in range(3)]
     assert deviations == pytest.approx([(2 / 784) ** 0.5, (2 / 300) ** 0.5, 0.01], rel=0.05)
+
+
+def test_relu6_is_hardtanh_but_keeps_no_copy_of_its_input() -> None:
+    given = (4 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 3).requires_grad_()
+    given.data[0, 0, 0] = torch.tensor([0.0, 6.0, -0.0, torch.nan])
+    weights = torch.arange(96.0).view(2, 3, 4, 4)
+    found = []
+    for compute in (lambda x: functional.hardtanh_(x, 0.0, 6.0), lambda x: activate(x, Activation.RELU6)):
+        y = compute(1 * given)
+        [gradient] = torch.autograd.grad((y * weights).nan_to_num().sum(), given)
+        found.append((y, gradient))
+    assert torch.equal(found[0][0].nan_to_num(-1), found[1][0].nan_to_num(-1))
+    assert torch.equal(found[0][1], found[1][1])
+    x = 1 * given
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        activate(x, Activation.RELU6)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
