@@ -1,7 +1,7 @@
 """How long something takes, and how sure that is.
 
 run        one execution of a layer or network.
-loop       runs that are timed together, so that one value lasts long enough (about a millisecond) for the clock.
+loop       runs that are timed together, so that one value lasts long enough (a tenth of a millisecond) for the clock.
 value      seconds per run, from one loop.
 single     a run of a loop that is timed by itself: percentiles are about single runs, whose differences a loop hides.
 warm-up    runs that are not timed: caches fill, memory is allocated, the CPU leaves its idle state.
