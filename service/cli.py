@@ -29,7 +29,7 @@ app.add_typer(devices.devices, name="devices")
 app.command()(devices.profile)
 app.add_typer(devices.datasets, name="datasets")
 app.command()(local.price)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(local.agent)
+app.command()(local.agent)
 
 
 def main() -> None:

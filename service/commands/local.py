@@ -12,6 +12,7 @@ import typer
 from latency_profiler.errors import InvalidInput
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.quote import quote
+from latency_profiler.runtimes.base import DTYPES, names
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.commands import tables
@@ -38,15 +39,26 @@ def agent(
     device: Annotated[str, typer.Option(help="Name under which the device is registered.")],
     server: Annotated[str, typer.Option(envvar="SECATEURS_SERVER", help="Address of the service.")],
     token: Annotated[str | None, typer.Option(envvar="SECATEURS_TOKEN", help="The device's token.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds it.")] = None,
+    runtime: Annotated[str, typer.Option(help=f"One of {', '.join(names())}.")] = "onnxruntime",
+    threads: int = 1,
+    batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}, if the runtime has it.")] = "float32",
+    spool: Annotated[Path | None, typer.Option(help="Folder for what could not be handed in yet.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End when there is nothing to measure.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say what happens as one JSON object a line.")] = False,
-    context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
-    """Measure on this machine for a service (also --runtime, --threads, --batch, --dtype; a wrong name lists all)."""
-    if not token:
+    """Measure on this machine for a service."""
+    if not token and token_file is None:
         raise InvalidInput("no token: set SECATEURS_TOKEN to what `secateurs devices add` printed")
-    command = [sys.executable, "-m", "latency_profiler.agent", "--server", server, "--device", device]
-    command += [*(["--json"] if as_json else []), *context.args]
-    os.execve(sys.executable, command, os.environ | {"SECATEURS_TOKEN": token})
+    options = {
+        "server": server, "device": device, "token-file": token_file, "runtime": runtime, "threads": threads,
+        "batch": batch, "dtype": dtype, "spool": spool,
+    }  # fmt: skip
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    flags = [f"--{name}" for name, value in {"once": once, "json": as_json}.items() if value]
+    command = [sys.executable, "-m", "latency_profiler.agent", *given, *flags]
+    os.execve(sys.executable, command, os.environ | ({"SECATEURS_TOKEN": token} if token else {}))
 
 
 def price(

@@ -10,20 +10,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from psycopg.pq import Format
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
 from service.settings import get_settings
+
+BYTES = {"bytes": True}
+"""Execution options of a statement that reads many bytes."""
 
 
 def make_engine(url: str) -> Engine:
     """An engine for SQLite or PostgreSQL with the settings that the design relies on."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(
+        engine = create_engine(
             parsed, pool_size=20, max_overflow=20, pool_timeout=2, pool_pre_ping=True,
             connect_args={"connect_timeout": 2, "options": "-c idle_in_transaction_session_timeout=30000"},
         )  # fmt: skip
+        event.listen(engine, "before_cursor_execute", _ask_for_bytes)
+        return engine
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, pool_size=40, max_overflow=0, pool_timeout=2)
@@ -59,6 +65,12 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _ask_for_bytes(_connection: Any, cursor: Any, _statement: Any, _given: Any, context: Any, _many: bool) -> None:
+    """PostgreSQL's answer in binary, where a statement has `BYTES`; as text a megabyte takes five times as long."""
+    if context is not None and context.execution_options.get("bytes", False):
+        cursor.format = Format.BINARY
 
 
 def _begin_immediate(connection: Any) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from latency_profiler.cost import Statistic, latency_name, split_latency
 from service.store.bulk import upsert
 from service.store.models import Candidate, Job, Pricing, Skyband, StructureLatency
+from service.store.session import BYTES
 
 Count = Literal["flops", "parameters"]
 COUNTS: tuple[Count, ...] = ("flops", "parameters")
@@ -45,7 +46,8 @@ class Place(NamedTuple):
 
 def read(session: Session, place: Place) -> Members | None:
     """All structures that can be an answer; None where no skyband is up to date and every candidate must be read."""
-    row = session.execute(_current(place).with_only_columns(Skyband.upto, Skyband.members)).first()
+    columns = (Skyband.upto, Skyband.members)
+    row = session.execute(_current(place).with_only_columns(*columns), execution_options=BYTES).first()
     if row is None:
         return None
     query = _query(place).where(Candidate.id > row.upto).order_by(Candidate.id).limit(MOST_NEW + 1)
@@ -94,7 +96,8 @@ def advance(session: Session, place: Place, last: int) -> bool:
     rows = list(takewhile(lambda one: one.prices == prices, session.execute(query)))
     if len(rows) < LEAST_NEW:
         return False
-    old = np.frombuffer(session.scalar(_current(place).with_only_columns(Skyband.members)) or b"", MEMBER)
+    stored = session.scalar(_current(place).with_only_columns(Skyband.members), execution_options=BYTES)
+    old = np.frombuffer(stored or b"", MEMBER)
     members = _skyband(_merged(old, [one for one in rows if one.cost is not None]))
     values = {"prices": prices, "upto": rows[-1].id, "members": members.tobytes()}
     upsert(session, Skyband, [{**place._asdict(), **values}])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, event, insert, select
 
 from service import reconciler
 from service.store import devices, measurements, skybands, structures
@@ -23,7 +23,7 @@ from service.store.models import (
     StructureLatency,
     WorkKind,
 )
-from service.store.session import snapshot, transaction
+from service.store.session import get_engine, snapshot, transaction
 from service.store.skybands import COUNTS, MEMBER, Place
 from service.store.structures import Budget
 from tests.service.test_structures import KEYS, fill, scan
@@ -118,6 +118,24 @@ def measure(rows: Rows, shares: tuple[float, ...]) -> None:
             )  # fmt: skip
             for row in rows:
                 row |= slow if row["structure_id"] == id_ else {}
+
+
+def test_a_skyband_comes_as_bytes(database: str) -> None:
+    rows = fill(400)
+    gather()
+    formats: list[int] = []
+    engine = get_engine()
+
+    def note(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "skybands.members" in statement:
+            formats.append(getattr(cursor, "format", 1))  # SQLite has nothing else
+
+    event.listen(engine, "after_cursor_execute", note)
+    with snapshot() as session:
+        members = skybands.read(session, Place(KEYS[0], rows[0]["dataset_id"], "flops"))
+    event.remove(engine, "after_cursor_execute", note)
+    assert members is not None
+    assert formats == [1]
 
 
 def test_a_measurement_counts_and_not_the_prediction(database: str) -> None:
