@@ -121,7 +121,7 @@ def measure(rows: Rows, shares: tuple[float, ...]) -> None:
 
 
 def test_a_skyband_comes_as_bytes(database: str) -> None:
-    rows = fill(400)
+    _, rows = fill(400)
     gather()
     formats: list[int] = []
     engine = get_engine()
