@@ -570,6 +570,19 @@ def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world:
     assert found[0] >= slow + failing
 
 
+@pytest.mark.parametrize("slow", [6, 7])
+def test_where_few_finalists_hold_the_budget_they_win(world: None, slow: int) -> None:
+    bench = Partial(slow, 0)
+    top = 8 - slow
+    job = run(submit(latency_bound(0.5), retraining={"finalists": 8, "trial_epochs": 1, "top": top}), bench)
+    assert job.result is not None
+    asked = {tuple(channels): at for at, channels in enumerate(bench.checked)}
+    trained = [one["channels"] for one in (job.result["winner"], *job.result["runners_up"])]
+    found = [asked[tuple(layer.c_out for layer in SPACE.layers(channels))] for channels in trained]
+    assert found == bench.held(job)
+    assert len(found) == top
+
+
 def test_the_winner_is_the_finalist_that_a_short_training_finds_best(world: None) -> None:
     console = Listener()
     job = run(submit(flops_bound(0.4), retraining={"finalists": 4, "trial_epochs": 2}), console=console)

@@ -35,7 +35,7 @@ class BudgetBroken(SecateursError):
         self.figures = list(figures)
         last = self.figures[-1]
         super().__init__(
-            f"after {len(self.figures)} searches the winner still breaks its budget when measured on {last['device']}: "
+            f"after {last['round'] + 1} searches the winner still breaks its budget when measured on {last['device']}: "
             f"it took {last['measured_ms']:.4g} ms, {last['max_ms']:.4g} ms are allowed"
         )
 

@@ -205,14 +205,17 @@ def search_on(
 def _queue(
     context: Context, job: Job, search: Evolution, refused: Collection[str], held: Collection[str]
 ) -> list[turns.Trial]:
-    """What to retrain: the best distinct structures that are not refused, uniform networks and random ones.
+    """What to retrain: the best distinct structures, uniform networks and random ones.
 
-    Where finalists are asked for, the best are those of the shortlist that have `held` the budget.
+    Within milliseconds those that have `held` the budget come before those that nobody has measured. Where finalists
+    are asked for, they are those of the shortlist that have held it.
     """
     space, key, count = context.space, _structure_id(context), context.spec.retraining.top or 1
-    best = [one for one in search.top(count + len(refused), key) if key(one.proposal.encoding) not in refused][:count]
-    finalists = [one for one in search.top(len(search.judged), key) if key(one.proposal.encoding) in held]
-    finalists = finalists[: context.spec.retraining.finalists or 1]
+    ranked = search.top(len(search.judged), key)
+    known = [one for one in ranked if key(one.proposal.encoding) in held]
+    others = [one for one in ranked if key(one.proposal.encoding) not in (*held, *refused)]
+    best = [*known, *others][:count] if context.constrained else ranked[:count]
+    finalists = known[: context.spec.retraining.finalists or 1]
     role = Role.WINNER
     if context.spec.objective == "best" and len(finalists) > count:
         role, best = Role.FINALIST, finalists
