@@ -23,7 +23,7 @@ from workers.screening import guess
 
 Encoding = tuple[int, ...]
 Key = Callable[[Encoding], object]
-ROUNDS = 100
+ROUNDS, BARREN = 100, 20
 AMONG = 10
 """Finalists are chosen among so many times their number of the best candidates."""
 MOST_KNOWN = 2000
@@ -293,10 +293,12 @@ class Nursery:
         self._known, self._feasible = known, feasible
 
     def fill(self, size: int, breed: Callable[[], list[Proposal]]) -> None:
-        """Breed until `size` are born, a bounded number of rounds."""
+        """Breed until `size` are born, a bounded number of rounds, of which so many bore nothing in a row."""
+        barren = 0
         for _ in range(ROUNDS):
-            if len(self.born) >= size:
+            if len(self.born) >= size or barren == BARREN:
                 return
+            barren += 1
             if not (litter := breed()):
                 continue
             keep = self._feasible(genes_of([one.encoding for one in litter]))
@@ -304,6 +306,7 @@ class Nursery:
                 if kept and one.encoding not in self._known and len(self.born) < size:
                     self._known.add(one.encoding)
                     self.born.append(one)
+                    barren = 0
 
 
 def genes_of(encodings: Sequence[Encoding]) -> Genes:

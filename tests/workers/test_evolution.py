@@ -14,7 +14,18 @@ from latency_profiler.spaces.space import CHOICES
 from workers.budget import Budget
 from workers.datasets import Data
 from workers.evaluation import Scorer
-from workers.evolution import Encoding, Evolution, Score, Settings, children, mutants
+from workers.evolution import (
+    BARREN,
+    ROUNDS,
+    Encoding,
+    Evolution,
+    Nursery,
+    Proposal,
+    Score,
+    Settings,
+    children,
+    mutants,
+)
 from workers.front import Front, survivors
 from workers.pruning_net import PruningNet
 from workers.sampling import Genes, numpy_generator, repair, sample
@@ -178,6 +189,20 @@ def test_a_draw_that_finds_nothing_feasible_does_not_end_the_drawing() -> None:
     limits = Unlucky(120)
     assert len(Evolution(SMALL, 0, limits).propose()) == SMALL.population
     assert limits.draws >= 3
+
+
+@pytest.mark.parametrize(("barren", "born", "rounds"), [(BARREN, ROUNDS // BARREN, ROUNDS), (BARREN + 1, 0, BARREN)])
+def test_breeding_ends_after_some_rounds_that_bear_nothing(barren: int, born: int, rounds: int) -> None:
+    """Every round gives the same, but for one of so many."""
+    done: list[int] = []
+
+    def breed() -> list[Proposal]:
+        done.append(len(done) + 1)
+        return [Proposal((done[-1] // barren,), "random")]
+
+    nursery = Nursery({(0,)}, lambda genes: np.full(len(genes), True))
+    nursery.fill(ROUNDS, breed)
+    assert (len(nursery.born), len(done)) == (born, rounds)
 
 
 def test_candidates_apart_are_the_best_and_those_least_like_one_another() -> None:

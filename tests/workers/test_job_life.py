@@ -40,6 +40,7 @@ from service.store.models import (
 from service.store.session import transaction
 from workers.budget import Budget
 from workers.datasets import Data
+from workers.evolution import Evolution
 from workers.steps.advance import advance
 from workers.steps.context import Context
 from workers.steps.measuring import BudgetBroken, corrected
@@ -606,6 +607,35 @@ def test_the_winner_is_the_finalist_that_a_short_training_finds_best(world: None
     assert (int(told_done[0]), told_done[-1]) == (0, 6)
     assert {one["total"] for one in console.told if one["phase"] == "retraining"} == {6}
     assert trained == [(winner["structure_id"], "winner"), (job.result["uniform"]["structure_id"], "uniform")]
+
+
+def test_the_result_names_the_finalists_of_the_last_round(world: None) -> None:
+    bench = Bench(lambda purpose: 1.1 if purpose.startswith("verify") and purpose.endswith("-0") else 0.97)
+    job = run(submit(latency_bound(0.5), retraining={"finalists": 3, "trial_epochs": 1}), bench)
+    assert job.result is not None
+    assert job.result["rounds"] > 1
+    losses = {one["structure_id"]: one["loss"] for one in job.result["finalists"]}
+    assert len(losses) <= 3
+    assert job.result["winner"]["structure_id"] == min(losses, key=losses.__getitem__)
+
+
+def test_a_search_that_has_nothing_left_finds_that_out_once(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    breed, bred = Evolution._breed, list[int]()
+
+    def barren(search: Evolution) -> Any:
+        bred.append(search.generation)
+        return [] if search.generation else breed(search)
+
+    monkeypatch.setattr(Evolution, "_breed", barren)
+    bench, looks = Bench(), 0
+    job_id = submit(latency_bound(0.5))
+    context = Context(take(job_id), get_settings(), Console())
+    while looks < 3:
+        searching = read(job_id).state is JobState.SEARCHING
+        if advance(context, read(job_id)).wait is not None:
+            looks += searching  # the check's measurements are waited for
+            searching or bench.measure()
+    assert bred == [0, 1]
 
 
 def test_finalists_see_nothing_of_the_images_that_judge_them(world: None, monkeypatch: pytest.MonkeyPatch) -> None:

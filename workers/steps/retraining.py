@@ -53,13 +53,14 @@ def _try(context: Context, job: Job, finalists: list[Trial]) -> Outcome:
     waiting = [trial for trial in finalists if trial["structure_id"] not in scores]
     if waiting:
         others = len(job.memory["queue"]) - len(finalists)
-        train(context, job, waiting[0], len(scores), len(scores) + len(waiting) + top + others)
+        train(context, job, waiting[0], len(finalists) - len(waiting), len(finalists) + top + others)
         return MOVED
-    best = sorted(finalists, key=lambda trial: scores[trial["structure_id"]]["loss"])
+    tried = {trial["structure_id"]: scores[trial["structure_id"]] for trial in finalists}  # not those of former rounds
+    best = sorted(finalists, key=lambda trial: tried[trial["structure_id"]]["loss"])
     winners = [{**trial, "role": Role.WINNER, "rank": rank} for rank, trial in enumerate(best[:top])]
     queue = [*winners, *(trial for trial in job.memory["queue"] if trial["role"] != Role.FINALIST)]
     with transaction() as session:
-        jobs.save_step(session, context.claim, memory={**job.memory, "queue": queue})
+        jobs.save_step(session, context.claim, memory={**job.memory, "queue": queue, "finalists": tried})
     return MOVED
 
 

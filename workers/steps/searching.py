@@ -42,6 +42,10 @@ def step(context: Context, job: Job) -> Outcome:
     proposals = search.propose()
     if proposals:
         return _judge(context, job, budget, search, proposals)
+    if search.exhausted and not job.memory["evolution"]["exhausted"]:  # finding that out may have taken long
+        with transaction() as session:
+            jobs.save_step(session, context.claim, memory={**job.memory, "evolution": search.to_json()})
+        return MOVED
     return _hand_on(context, job, search)
 
 
