@@ -45,6 +45,11 @@ def write_blob(folder: Path, content: bytes) -> str:
         temporary.unlink(missing_ok=True)
 
 
+def intact(path: Path, sha256: str) -> bool:
+    """Whether a file is there and what was saved."""
+    return path.is_file() and _digest(path) == sha256
+
+
 def load(path: Path, sha256: str) -> dict[str, Tensor]:
     """The tensors of a file.
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from service.store.models import (
     now,
 )  # fmt: skip
 from service.store.session import transaction
+from workers import checkpoints
 from workers.budget import Budget
 from workers.datasets import Data
 from workers.evolution import Evolution
@@ -265,17 +267,42 @@ def test_a_pruning_net_of_another_environment_makes_a_job_not_reproducible(
         assert (job.result["pruning_net_reused"], job.reproducible) == (True, alike)
 
 
-def test_a_pruning_net_whose_weights_are_lost_is_trained_again(world: None) -> None:
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+def test_files_that_are_lost_or_damaged_are_made_again(world: None, damage: Callable[[Path], Any]) -> None:
     first = run(submit(flops_bound(0.4)))
     assert first.result is not None
     with transaction() as session:
         checkpoint = session.get_one(PruningNet, first.result["pruning_net"]).checkpoint
-    assert checkpoint is not None
-    blobs.blob_path(checkpoint).unlink()
+        weights = [row.weights for row in results.of_job(session, first.id)]
+    for sha256 in (checkpoint, *weights):
+        assert sha256 is not None
+        damage(blobs.blob_path(sha256))
     second = run(submit(flops_bound(0.4), name="again"))
     assert second.result is not None
     assert not second.result["pruning_net_reused"]
-    assert second.result["winner"]["channels"] == first.result["winner"]["channels"]
+    for role in ("winner", "uniform"):
+        one, other = first.result[role], second.result[role]
+        assert (one["channels"], one["test_accuracy"], other["reused"]) == (
+            other["channels"], other["test_accuracy"], False,
+        )  # fmt: skip
+    for sha256 in (checkpoint, *weights):
+        assert sha256 is not None
+        assert checkpoints.intact(blobs.blob_path(sha256), sha256)
+
+
+def test_a_training_that_goes_on_with_other_code_is_not_reproducible(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit(flops_bound(0.4))
+    context = Context(take(job_id), get_settings(), Console())
+    while read(job_id).state is not JobState.RETRAINING:
+        advance(context, read(job_id))
+    monkeypatch.setattr("workers.steps.context.CODE", "another version")
+    newer = run(job_id)
+    again = run(submit(flops_bound(0.4)))
+    assert newer.result is not None
+    assert again.result is not None
+    assert (newer.reproducible, again.result["winner"]["reused"]) == (False, False)
 
 
 def test_bounds_that_contradict_each_other_end_a_job_before_anything_is_trained(world: None) -> None:

@@ -32,4 +32,7 @@ def advance(context: Context, job: Job) -> Outcome:
     """
     if job.state in PRUNING and turns.current(context, job) != METAPRUNING:
         return PRUNING[job.state](context, job)
-    return STEPS[job.state](context, job)
+    try:
+        return STEPS[job.state](context, job)
+    except training.DamagedNet as error:
+        return training.anew(context, job, error)

@@ -31,6 +31,7 @@ from workers.budget import Budget, predict
 from workers.datasets import Data, prepare
 from workers.parallel import ALONE, Team
 from workers.placement import SMALL_IMAGE, choose
+from workers.steps.recipe import CODE
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -130,7 +131,10 @@ class Context:
         on_cpu = self.device.type == "cpu"
         kernels = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(self.device)
         processes = self.settings.training_processes
-        return {"torch": torch.__version__, "threads": self.threads, "kernels": kernels, "processes": processes}
+        return {
+            "torch": torch.__version__, "threads": self.threads, "kernels": kernels, "processes": processes,
+            "code": CODE,
+        }  # fmt: skip
 
     def budget(self, job: Job) -> Budget:
         """The constraints, less their safety margins, with the tables and corrections that the job holds now."""

@@ -112,7 +112,7 @@ def _take_over(context: Context, job: Job, trial: Trial) -> bool:
     with transaction() as session:
         found = results.same_training(session, _recipe(context, trial))
         files = () if found is None else (found.weights, found.model)
-        if found is None or not all(sha256 and blobs.blob_path(sha256).is_file() for sha256 in files):
+        if found is None or not all(one and checkpoints.intact(blobs.blob_path(one), one) for one in files):
             return False
         _record(
             session, context, job, trial, test_accuracy=found.test_accuracy, test_loss=found.test_loss,

@@ -17,7 +17,6 @@ from service.store.session import snapshot, transaction
 from workers.evaluation import Scorer
 from workers.evolution import Encoding, Score
 from workers.steps.context import Context
-from workers.steps.recipe import CODE
 from workers.steps.training import scorer
 
 CHUNK_SECONDS = 1.0
@@ -70,7 +69,7 @@ def score(context: Context, job: Job, encodings: Sequence[Encoding], told: Told)
 
 def environment(context: Context) -> str:
     """What scores are reproducible with; a worker with another one must not score a job's chunks."""
-    return json.dumps({**context.environment, "code": CODE}, sort_keys=True)
+    return json.dumps(context.environment, sort_keys=True)
 
 
 def work(context: Context, judge: Scorer, pace: Pace) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+from latency_profiler.errors import DamagedCheckpoint
 from service.store import blobs, jobs, pruning_nets
 from service.store.models import Job, JobState
 from service.store.session import transaction
@@ -43,6 +44,22 @@ def step(context: Context, job: Job) -> Outcome:
         jobs.save_step(session, context.claim, memory={**job.memory, "net": key, "reused": False}, reproducible=alike)
     trainer = context.keep("trainer", [key, checkpoint], lambda: _trainer(context, band, checkpoint, counters))
     return _train(context, job, key, trainer, checkpoint, environments)
+
+
+class DamagedNet(DamagedCheckpoint):
+    """The file of a trained PruningNet is not what was saved."""
+
+
+def anew(context: Context, job: Job, error: DamagedNet) -> Outcome:
+    """Back to training, without the damaged file; what the job has judged so far, an equal net would judge alike."""
+    with transaction() as session:
+        checkpoint = pruning_nets.get(session, job.memory["net"]).checkpoint
+        memory = {name: value for name, value in job.memory.items() if name != "net"}
+        jobs.add_event(session, job.id, "warning", {"detail": f"the PruningNet is trained anew: {error}"})
+        jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
+    if checkpoint is not None:
+        blobs.blob_path(checkpoint).unlink(missing_ok=True)
+    return MOVED
 
 
 def scorer(context: Context, job: Job) -> Scorer:
@@ -94,7 +111,10 @@ def _pruning_net(context: Context, key: str) -> PruningNet:
     assert checkpoint is not None
     settings = TrainingSettings.of(context.spec.training.model_dump())
     network = PruningNet(context.space, settings.hidden, normalised=settings.normalise)
-    network.load_state_dict(checkpoints.load(blobs.blob_path(checkpoint), checkpoint))
+    try:
+        network.load_state_dict(checkpoints.load(blobs.blob_path(checkpoint), checkpoint))
+    except DamagedCheckpoint as error:
+        raise DamagedNet(str(error)) from error
     return network
 
 
