@@ -1,8 +1,13 @@
 """Files that are there completely or not at all, also after a power failure."""
 
 import os
+import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+STALE_SECONDS = 86_400
+"""Age of what nobody writes any more."""
 
 
 def save(target: Path, content: bytes) -> None:
@@ -22,6 +27,15 @@ def save(target: Path, content: bytes) -> None:
 def place(folder: Path, sha256: str) -> Path:
     """Where the file of this content lies below a folder of files that are named by their content."""
     return folder / sha256[:2] / sha256
+
+
+def sweep(folder: Path, pattern: str, fresh: Path) -> None:
+    """Remove what killed processes left behind more than a day before a file or folder that has just been made."""
+    now = fresh.stat().st_mtime
+    for left in folder.glob(pattern):
+        with suppress(OSError):  # somebody has just finished it
+            if now - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def flush(path: Path) -> None:

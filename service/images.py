@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from numpy.lib import format as form
 from PIL import Image, ImageOps
 
-from latency_profiler.durable import flush
+from latency_profiler.durable import flush, sweep
 from latency_profiler.errors import InvalidDataset
 from service.archives import BROKEN, LIMITS, Files, Meter, open_files
 
@@ -39,7 +38,6 @@ LARGEST_IMAGE = 50_000_000
 SIZES = (8, 224)
 """Native sizes that are proposed; larger images are proposed to be scaled down."""
 TEST_SHARE = 0.2
-STALE_SECONDS = 86_400.0
 PARTS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -358,7 +356,7 @@ def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> 
     """Fill a folder beside its place and rename it; when another process was faster, its folder stands."""
     folder = Path(tempfile.mkdtemp(prefix=".decoding-", dir=cache))
     try:
-        _sweep(cache, folder)
+        sweep(cache, ".decoding-*", folder)
         classes = decode(folder)
         (folder / "classes.json").write_text(json.dumps(classes))
         digest = hashlib.sha256(json.dumps(classes).encode())
@@ -374,12 +372,3 @@ def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> 
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(cache: Path, fresh: Path) -> None:
-    """Remove what killed processes left behind more than a day ago, by the file system's own clock."""
-    now = fresh.stat().st_mtime
-    for left in cache.glob(".decoding-*"):
-        with suppress(FileNotFoundError):  # somebody has just finished it
-            if left != fresh and now - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latency_profiler.durable import flush, place
+from latency_profiler.durable import flush, place, sweep
 from latency_profiler.errors import DamagedCheckpoint
 
 META = "secateurs"
+WRITING = ".writing-"
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> str:
@@ -76,9 +77,10 @@ def _read(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _temporary(folder: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
+    handle, name = tempfile.mkstemp(prefix=WRITING, dir=folder)
     os.fchmod(handle, 0o644)  # the service may run as another user than the worker
     os.close(handle)
+    sweep(folder, f"{WRITING}*", Path(name))
     return Path(name)
 
 

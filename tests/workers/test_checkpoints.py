@@ -1,9 +1,11 @@
 import hashlib
+import os
+import time
 
 import pytest
 import torch
 
-from latency_profiler.durable import place
+from latency_profiler.durable import STALE_SECONDS, place
 from latency_profiler.errors import DamagedCheckpoint
 from workers import checkpoints
 
@@ -40,3 +42,12 @@ def test_what_is_no_checkpoint_or_missing(tmp_path) -> None:
     for name in (sha256, "0" * 64):
         with pytest.raises(DamagedCheckpoint):
             checkpoints.load(place(tmp_path, name), name)
+
+
+def test_what_killed_writers_left_goes_after_a_day(tmp_path) -> None:
+    old, fresh = (tmp_path / f"{checkpoints.WRITING}{name}" for name in ("old", "fresh"))
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - STALE_SECONDS - 60,) * 2)
+    sha256 = checkpoints.write_blob(tmp_path, b"model")
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted([fresh, place(tmp_path, sha256)])
