@@ -12,7 +12,6 @@ import typer
 from latency_profiler.errors import InvalidInput
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.quote import quote
-from latency_profiler.runtimes.base import DTYPES, names
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.commands import tables
@@ -40,10 +39,10 @@ def agent(
     server: Annotated[str, typer.Option(envvar="SECATEURS_SERVER", help="Address of the service.")],
     token: Annotated[str | None, typer.Option(envvar="SECATEURS_TOKEN", help="The device's token.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File that holds it.")] = None,
-    runtime: Annotated[str, typer.Option(help=f"One of {', '.join(names())}.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="What computes; a wrong name lists all.")] = "onnxruntime",
     threads: int = 1,
     batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}, if the runtime has it.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Numbers that it computes in; a wrong name lists all.")] = "float32",
     spool: Annotated[Path | None, typer.Option(help="Folder for what could not be handed in yet.")] = None,
     once: Annotated[bool, typer.Option("--once", help="End when there is nothing to measure.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say what happens as one JSON object a line.")] = False,
