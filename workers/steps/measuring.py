@@ -164,8 +164,8 @@ def corrected(
     memory = dict(job.memory)
     corrections, figures = dict(memory["corrections"]), list(memory.get("figures", []))
     for name, maximum in allowed.items():
-        most = maximum / (1 + memory.get("noise", {}).get(name, 0.0))
-        known = [one for one in networks if name in one[1] and (shy or one[1][name] > most)]
+        longer = 1 + memory.get("noise", {}).get(name, 0.0)
+        known = [one for one in networks if name in one[1] and (shy or one[1][name] * longer > maximum)]
         channels, measured = known[0]
         growth = ratio(context, job, known, name)
         corrections[name] = corrections.get(name, 1.0) * SAFETY * (growth if shy else max(1.0, growth))
