@@ -39,7 +39,9 @@ UNIFORM_SHARE = 0.5
 PHASES = ("profiling", "training", "searching", "retraining", "verifying")
 LARGE_ERROR = 0.15
 START_SECONDS = 90.0
-PROFILE_SECONDS = 180.0
+POINTS = 6
+"""Widths a side that are measured: where the processor is seldom quiet, ten take minutes."""
+PROFILE_SECONDS = 400.0
 STOP_SECONDS = 20.0
 
 Result = dict[str, Any]
@@ -136,7 +138,7 @@ def _measures(client: Client) -> bool:
 def _profile(client: Client, console: Console) -> float:
     """Have this machine measured for the space; returns the seconds that it took."""
     begun = time.monotonic()
-    wanted = client.profile(THIS_MACHINE, {"space": SPACE, **SIZE_OF_SPACE})
+    wanted = client.profile(THIS_MACHINE, {"space": SPACE, **SIZE_OF_SPACE, "points": POINTS})
     with bars(console) as progress:
         task = progress.add_task("profile this machine", total=wanted["planned"] or None)
         while time.monotonic() - begun < PROFILE_SECONDS:
