@@ -131,8 +131,10 @@ def _exponentials(clock: Clock) -> Work:
 
 
 def _numbers(count: int) -> NDArray[np.float32]:
-    """Zeros from the start of a page: astride cache lines, the same work takes up to twice as long."""
-    return np.frombuffer(mmap(-1, 4 * count), np.float32)
+    """Ones from the start of a page: astride cache lines, the same work takes up to twice as long."""
+    numbers = np.frombuffer(mmap(-1, 4 * count), np.float32)
+    numbers[:] = 1.0  # pages that were never written are all the same one, which is always in the first-level cache
+    return numbers
 
 
 def _spread(pieces: list[Work]) -> Work:

@@ -67,19 +67,20 @@ def test_a_processor_that_has_become_slower_for_good_is_quiet_again() -> None:
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_all_pieces_must_be_as_fast_as_they_can_be(slow: int) -> None:
-    factors = [1.0, 1.0]
-    machines = [Shared(lambda now, at=at: 1e-3 * factors[at]) for at in range(2)]  # type: ignore[misc]
+    machines = [Shared(lambda now: 1e-3), Shared(lambda now: 1e-3)]
     yardstick = Yardstick(pieces=[one.work for one in machines], clock=lambda: sum(one.now for one in machines))
     assert yardstick.quiet()
     assert yardstick.best == pytest.approx(2e-3)
-    factors[slow] = TOLERANCE + 0.01
+    machines[slow].pace = lambda now: 1e-3 * (TOLERANCE + 0.01)
     assert not yardstick.quiet()
-    factors[slow] = 1.0
+    machines[slow].pace = lambda now: 1e-3
     assert yardstick.quiet()
 
 
 def test_numbers_of_the_usual_pieces_are_not_astride_cache_lines() -> None:
-    assert all(_numbers(1 << 12).ctypes.data % 64 == 0 for _ in range(8))
+    numbers = [_numbers(1 << 12) for _ in range(8)]
+    assert all(one.ctypes.data % 64 == 0 for one in numbers)
+    assert all((one == 1.0).all() for one in numbers)  # written, so that each has memory of its own
 
 
 def test_all_threads_must_be_undisturbed() -> None:
