@@ -24,6 +24,7 @@ from workers.screening import guess
 Encoding = tuple[int, ...]
 Key = Callable[[Encoding], object]
 ROUNDS, BARREN = 100, 20
+"""Litters that are bred for a part of a generation, and those in a row that may bear nothing new and feasible."""
 AMONG = 10
 """Finalists are chosen among so many times their number of the best candidates."""
 MOST_KNOWN = 2000

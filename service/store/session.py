@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from psycopg.pq import Format
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
@@ -70,7 +69,7 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 def _ask_for_bytes(_connection: Any, cursor: Any, _statement: Any, _given: Any, context: Any, _many: bool) -> None:
     """PostgreSQL's answer in binary, where a statement has `BYTES`; as text a megabyte takes five times as long."""
     if context is not None and context.execution_options.get("bytes", False):
-        cursor.format = Format.BINARY
+        cursor.format = context.dialect.dbapi.pq.Format.BINARY
 
 
 def _begin_immediate(connection: Any) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from latency_profiler.graphs import build_model
 from service.store import blobs, jobs, results
 from service.store.models import Job, JobState, Role
-from service.store.session import transaction
+from service.store.session import snapshot, transaction
 from workers import checkpoints
 from workers.evaluation import BATCH, evaluate, recalibrate, test
 from workers.networks import folded_weights
@@ -109,11 +109,11 @@ def _take_over(context: Context, job: Job, trial: Trial) -> bool:
     """Store what an earlier training by the same recipe gave; False where there is none with its files."""
     if trial["role"] == Role.FINALIST:
         return False
-    with transaction() as session:
+    with snapshot() as session:
         found = results.same_training(session, _recipe(context, trial))
-        files = () if found is None else (found.weights, found.model)
-        if found is None or not all(one and checkpoints.intact(blobs.blob_path(one), one) for one in files):
-            return False
+    if found is None or not all(_intact(sha256) for sha256 in (found.weights, found.model)):
+        return False
+    with transaction() as session:
         _record(
             session, context, job, trial, test_accuracy=found.test_accuracy, test_loss=found.test_loss,
             weights=found.weights, model=found.model, reused=True,
@@ -122,6 +122,10 @@ def _take_over(context: Context, job: Job, trial: Trial) -> bool:
     remove(dropped)
     context.forget("scratch")
     return True
+
+
+def _intact(sha256: str | None) -> bool:
+    return sha256 is not None and checkpoints.intact(blobs.blob_path(sha256), sha256)
 
 
 def _record(session: Session, context: Context, job: Job, trial: Trial, **outcome: Any) -> None:

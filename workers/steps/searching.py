@@ -215,10 +215,10 @@ def _queue(
     are asked for, they are those of the shortlist that have held it.
     """
     space, key, count = context.space, _structure_id(context), context.spec.retraining.top or 1
-    ranked = search.top(len(search.judged), key)
-    known = [one for one in ranked if key(one.proposal.encoding) in held]
-    others = [one for one in ranked if key(one.proposal.encoding) not in (*held, *refused)]
-    best = [*known, *others][:count] if context.constrained else ranked[:count]
+    ranked = {key(one.proposal.encoding): one for one in search.top(len(search.judged), key)}
+    known = [one for structure_id, one in ranked.items() if structure_id in held]
+    others = [one for structure_id, one in ranked.items() if structure_id not in {*held, *refused}]
+    best = ([*known, *others] if context.constrained else [*ranked.values()])[:count]
     finalists = known[: context.spec.retraining.finalists or 1]
     role = Role.WINNER
     if context.spec.objective == "best" and len(finalists) > count:

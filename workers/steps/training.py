@@ -47,18 +47,20 @@ def step(context: Context, job: Job) -> Outcome:
 
 
 class DamagedNet(DamagedCheckpoint):
-    """The file of a trained PruningNet is not what was saved."""
+    """The file of a trained PruningNet is not what was saved, or another job trains it anew because of that."""
 
 
 def anew(context: Context, job: Job, error: DamagedNet) -> Outcome:
     """Back to training, without the damaged file; what the job has judged so far, an equal net would judge alike."""
     with transaction() as session:
-        checkpoint = pruning_nets.get(session, job.memory["net"]).checkpoint
+        net = pruning_nets.get(session, job.memory["net"])
         memory = {name: value for name, value in job.memory.items() if name != "net"}
         jobs.add_event(session, job.id, "warning", {"detail": f"the PruningNet is trained anew: {error}"})
         jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
-    if checkpoint is not None:
-        blobs.blob_path(checkpoint).unlink(missing_ok=True)
+    if net.ready and net.checkpoint is not None:
+        path = blobs.blob_path(net.checkpoint)
+        if not checkpoints.intact(path, net.checkpoint):  # nobody has made it again meanwhile
+            path.unlink(missing_ok=True)
     return MOVED
 
 
@@ -107,12 +109,13 @@ def _trainer(
 
 def _pruning_net(context: Context, key: str) -> PruningNet:
     with transaction() as session:
-        checkpoint = pruning_nets.get(session, key).checkpoint
-    assert checkpoint is not None
+        net = pruning_nets.get(session, key)
+    if not net.ready or net.checkpoint is None:
+        raise DamagedNet(f"PruningNet {key} is being trained again")
     settings = TrainingSettings.of(context.spec.training.model_dump())
     network = PruningNet(context.space, settings.hidden, normalised=settings.normalise)
     try:
-        network.load_state_dict(checkpoints.load(blobs.blob_path(checkpoint), checkpoint))
+        network.load_state_dict(checkpoints.load(blobs.blob_path(net.checkpoint), net.checkpoint))
     except DamagedCheckpoint as error:
         raise DamagedNet(str(error)) from error
     return network
