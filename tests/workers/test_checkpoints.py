@@ -48,6 +48,7 @@ def test_what_killed_writers_left_goes_after_a_day(tmp_path) -> None:
     old, fresh = (tmp_path / f"{checkpoints.WRITING}{name}" for name in ("old", "fresh"))
     for path in (old, fresh):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - STALE_SECONDS - 60,) * 2)
+    for path, age in ((old, STALE_SECONDS + 60), (fresh, STALE_SECONDS - 60)):
+        os.utime(path, (time.time() - age,) * 2)
     sha256 = checkpoints.write_blob(tmp_path, b"model")
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted([fresh, place(tmp_path, sha256)])

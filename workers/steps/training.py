@@ -57,10 +57,11 @@ def anew(context: Context, job: Job, error: DamagedNet) -> Outcome:
         memory = {name: value for name, value in job.memory.items() if name != "net"}
         jobs.add_event(session, job.id, "warning", {"detail": f"the PruningNet is trained anew: {error}"})
         jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
-    if net.ready and net.checkpoint is not None:
-        path = blobs.blob_path(net.checkpoint)
-        if not checkpoints.intact(path, net.checkpoint):  # nobody has made it again meanwhile
-            path.unlink(missing_ok=True)
+    path = None if net.checkpoint is None else blobs.blob_path(net.checkpoint)
+    if path is not None and not checkpoints.intact(
+        path, path.name
+    ):  # else another job is about to make it again, or has
+        path.unlink(missing_ok=True)
     return MOVED
 
 
