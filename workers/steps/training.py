@@ -60,7 +60,7 @@ def anew(context: Context, job: Job, error: DamagedNet) -> Outcome:
     path = None if net.checkpoint is None else blobs.blob_path(net.checkpoint)
     if path is not None and not checkpoints.intact(
         path, path.name
-    ):  # else another job is about to make it again, or has
+    ):  # else another job has it made
         path.unlink(missing_ok=True)
     return MOVED
 
