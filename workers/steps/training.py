@@ -57,11 +57,8 @@ def anew(context: Context, job: Job, error: DamagedNet) -> Outcome:
         memory = {name: value for name, value in job.memory.items() if name != "net"}
         jobs.add_event(session, job.id, "warning", {"detail": f"the PruningNet is trained anew: {error}"})
         jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
-    path = None if net.checkpoint is None else blobs.blob_path(net.checkpoint)
-    if path is not None and not checkpoints.intact(
-        path, path.name
-    ):  # else another job has it made
-        path.unlink(missing_ok=True)
+    if (sha256 := net.checkpoint) is not None and not checkpoints.intact(blobs.blob_path(sha256), sha256):
+        blobs.blob_path(sha256).unlink(missing_ok=True)  # an intact one is of another job, which makes the net again
     return MOVED
 
 
