@@ -96,7 +96,7 @@ def _best(session: Session, space_key: str, dataset_id: str, budget: Budget, lim
         [(cost, most)] = budget.bounds.items()
         members = skybands.read(session, Place(space_key, dataset_id, cost))
         if members is not None:
-            chosen = members[members["cost"] <= most][: skybands.MOST].tolist()
+            chosen = members[np.flatnonzero(members["cost"] <= most)[: skybands.MOST]].tolist()
             hits = [Hit(accuracy, flops, found, id_.decode()) for accuracy, flops, found, _, id_ in chosen]
             if cost not in COUNTS:
                 known = measured(session, [hit.structure_id for hit in hits], [cost])

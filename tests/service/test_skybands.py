@@ -120,22 +120,35 @@ def measure(rows: Rows, shares: tuple[float, ...]) -> None:
                 row |= slow if row["structure_id"] == id_ else {}
 
 
-def test_a_skyband_comes_as_bytes(database: str) -> None:
-    _, rows = fill(400)
+def test_a_skyband_comes_as_bytes_and_once(database: str) -> None:
+    _, rows = fill(800)
+    place = Place(KEYS[0], rows[0]["dataset_id"], "flops")
     gather()
     formats: list[int] = []
-    engine = get_engine()
 
     def note(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if "skybands.members" in statement:
             formats.append(getattr(cursor, "format", 1))  # SQLite has nothing else
 
-    event.listen(engine, "after_cursor_execute", note)
-    with snapshot() as session:
-        members = skybands.read(session, Place(KEYS[0], rows[0]["dataset_id"], "flops"))
-    event.remove(engine, "after_cursor_execute", note)
-    assert members is not None
+    def read() -> list[tuple[Any, ...]]:
+        event.listen(get_engine(), "after_cursor_execute", note)
+        with snapshot() as session:
+            members = skybands.read(session, place)
+        event.remove(get_engine(), "after_cursor_execute", note)
+        assert members is not None
+        found: list[tuple[Any, ...]] = members.tolist()
+        return found
+
+    first = read()
+    assert read() == first
     assert formats == [1]
+    find_more(rows, 100)
+    later = read()
+    assert later != first
+    assert formats == [1]
+    gather()
+    assert {row[2] for row in read()} < {row[2] for row in later}
+    assert formats == [1, 1]
 
 
 def test_a_measurement_counts_and_not_the_prediction(database: str) -> None:
