@@ -5,11 +5,11 @@
     python benchmarks/latency.py --full --only openvino
     python benchmarks/latency.py --costs         entries and minutes against the error, and a plain sum of layers
 
-Layers are measured as an agent measures them, and their grid is refined as the service does it; then the networks of a
-calibration and 50 held-out random ones. The held-out ones are measured once more at the end: prices are compared with
-the mean of both, and the mean difference between the two is the noise floor. Last, 30 networks that searches under
-budgets in milliseconds begin with (`picked`): such have the widths that the table calls fast. Results are kept one by
-one in results/latency.json; what is there is not measured again.
+Layers are measured as an agent measures them, and their grid is refined as the service does it; then the networks of
+a calibration and 50 held-out random ones. The held-out ones are measured once more at the end: prices are compared
+with the mean of both, and the mean difference between the two, as they ran, is the noise floor. Last, 30 networks
+that searches under budgets in milliseconds begin with (`picked`): such have the widths that the table calls fast.
+Results are kept one by one in results/latency.json; what is there is not measured again.
 """
 
 import argparse
@@ -17,7 +17,9 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,9 @@ from latency_profiler.calibration import (
 from latency_profiler.cost import Constraint, Metric
 from latency_profiler.device import conditions, cpu
 from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable
-from latency_profiler.measuring import measure_work
+from latency_profiler.measuring import measure_group, measure_groups, yardstick_of
 from latency_profiler.planning import plan_layers, refinement
+from latency_profiler.reference import reference_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -105,10 +108,13 @@ def measure(case: Case) -> Json:
     space = get_space(case.space, case.image_size, WIDTH, 10 if case.image_size == 32 else 1000, True)
     runtime = open_runtime(case.runtime, Settings(case.threads, case.batch))
     rng, start = np.random.default_rng(0), time.perf_counter()
+    measure = partial(measure_group, runtime, yardstick=yardstick_of(runtime), reference=reference_of(runtime))
+
+    def measured(items: Sequence[Json]) -> list[Json]:
+        return sorted(measure_groups(measure, items, rng), key=lambda result: int(result["work_id"]))
 
     def seconds(items: Sequence[Json]) -> list[float]:
-        results = {result["work_id"]: result["seconds"] for result in measure_work(runtime, items, rng)}
-        return [results[at] for at in range(len(items))]
+        return [result["seconds"] for result in measured(items)]
 
     table, planned = LatencyTable("bench", ""), plan_layers(space, case.points)
     layers = planned
@@ -121,11 +127,12 @@ def measure(case: Case) -> Json:
     minutes = (time.perf_counter() - start) / 60
     fitted = [channels for channels, purpose in calibration_networks(space) if purpose == FITTED]
     held_out = [channels for channels, _ in calibration_networks(space, 0, HELD) if channels not in fitted]
-    of_fitted, first = seconds(_networks(space, fitted)), seconds(_networks(space, held_out))
-    repeated = list(zip(first, seconds(_networks(space, held_out)), strict=True))
+    of_fitted, *twice = seconds(_networks(space, fitted)), *(measured(_networks(space, held_out)) for _ in range(2))
+    steadied = list(zip(*([result["seconds"] for result in results] for results in twice), strict=True))
+    repeated = list(zip(*(map(_as_it_ran, results) for results in twice), strict=True))
     known, asked = (
         list(zip((parts_of(table, space, one) for one in channels), took, strict=True))
-        for channels, took in ((fitted, of_fitted), (held_out, [sum(both) / 2 for both in repeated]))
+        for channels, took in ((fitted, of_fitted), (held_out, [sum(both) / 2 for both in steadied]))
     )
     line, found = (fit_networks(known, asked, repeated, penalties) for penalties in ((), PENALTIES))
     assert line is not None and found is not None  # noqa: PT018 - times are positive and differ
@@ -136,8 +143,10 @@ def measure(case: Case) -> Json:
     return {
         "name": "lut_error", "device": case.device, "space": space.key, "image_size": case.image_size,
         "networks": found.held_out, "mean": found.mean_error, "max": found.max_error, "within_5": found.within_5,
-        "spearman": found.spearman, "noise_floor": found.noise_floor, "entries": len(table.entries),
-        "refined": len(table.entries) - len(planned), "minutes": round(minutes, 2), "points": case.points,
+        "spearman": found.spearman, "noise_floor": found.noise_floor,
+        "noise_at_usual_speed": mean(abs(again / first - 1) for first, again in steadied),
+        "entries": len(table.entries), "refined": len(table.entries) - len(planned), "minutes": round(minutes, 2),
+        "points": case.points,
         "terms": sorted(found.terms),
         "without_terms": {"mean": line.mean_error, "max": line.max_error, "within_5": line.within_5},
         "sum_of_layers": _plain(asked),
@@ -146,6 +155,11 @@ def measure(case: Case) -> Json:
             "bias": float(errors.mean()),
         }, "cpu": cpu(), "load": conditions()["load"], "at": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def _as_it_ran(result: Json) -> float:
+    """Seconds, whatever the reference says."""
+    return float(result["seconds"] / result["conditions"].get("speed", 1.0))
 
 
 def _picked(table: LatencyTable, space: Space, rng: np.random.Generator) -> list[tuple[int, ...]]:

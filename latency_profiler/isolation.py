@@ -23,6 +23,7 @@ from typing import Any
 
 from latency_profiler.errors import MeasurementFailed, NoMeasuringProcess
 from latency_profiler.measuring import failure, measure_group, yardstick_of
+from latency_profiler.reference import reference_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 
 Json = dict[str, Any]
@@ -187,7 +188,7 @@ def _open_shared(file: Path) -> int | None:
 def _serve(line: Connection, runtime: str, settings: Settings) -> None:
     """Measure group after group until the agent hangs up."""
     opened = open_runtime(runtime, settings)
-    yardstick, last = yardstick_of(opened), 0.0
+    yardstick, reference, last = yardstick_of(opened), reference_of(opened), 0.0
 
     def alive() -> None:
         nonlocal last
@@ -199,7 +200,7 @@ def _serve(line: Connection, runtime: str, settings: Settings) -> None:
         alive()
         while True:
             task = json.loads(line.recv_bytes())
-            results = measure_group(opened, task["items"], task["seed"], yardstick, alive)
+            results = measure_group(opened, task["items"], task["seed"], yardstick, alive, reference)
             line.send_bytes(json.dumps(results).encode())
 
 

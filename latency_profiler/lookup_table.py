@@ -47,7 +47,7 @@ class Fit:
     Errors are shares of the measured time over `held_out` networks that the fit has not seen: their mean and maximum
     without sign, the share of networks `within_5` and `within_10` %, and the mean with its sign (`bias`, positive where
     networks are faster than predicted). `spearman` is the rank correlation of predicted and measured times.
-    `noise_floor` is the mean difference between two measurements of one network: no table can do better. None is
+    `noise_floor` is the mean difference between two measurements of one network, as they ran. None is
     unknown. `terms` are weights by name (`terms_of`); those that do not help are left out.
     """
 

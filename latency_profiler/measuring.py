@@ -6,7 +6,8 @@ wants frames (`frames`); a network keeps the call that it pays for once.
 
 A machine that others share is slower for some seconds and fast again, and a network is slower or faster for as long as
 its weights lie where they lie. Layers are so many that this cancels. A network is loaded and measured in several
-*visits* that lie apart, and the middle one counts.
+*visits* that lie apart, and the middle one counts. What changes for minutes is told by a `reference` that is timed with
+every group: seconds are those at its usual speed. Canaries, which watch that speed, count as they ran.
 """
 
 import time
@@ -22,8 +23,9 @@ from latency_profiler.device import conditions
 from latency_profiler.errors import InvalidInput, MeasurementFailed
 from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Node
+from latency_profiler.reference import Reference, reference_of
 from latency_profiler.runtimes.base import Runtime
-from latency_profiler.timing import DIGITS, NETWORK, TAIL, Pace, Series, Stopwatch, Timing, interleave
+from latency_profiler.timing import DIGITS, LAYER, NETWORK, TAIL, Pace, Series, Stopwatch, Timing, interleave
 from latency_profiler.yardstick import Yardstick
 
 Json = dict[str, Any]
@@ -44,7 +46,8 @@ def measure_work(
     runtime: Runtime, items: Sequence[Json], rng: np.random.Generator, go_on: Callable[[], bool] = lambda: True
 ) -> list[Json]:
     """`measure_groups` in this process."""
-    return measure_groups(partial(measure_group, runtime, yardstick=yardstick_of(runtime)), items, rng, go_on)
+    measure = partial(measure_group, runtime, yardstick=yardstick_of(runtime), reference=reference_of(runtime))
+    return measure_groups(measure, items, rng, go_on)
 
 
 def measure_groups(
@@ -109,6 +112,7 @@ def measure_group(
     seed: int,
     yardstick: Pace | None = None,
     advanced: Callable[[], None] = lambda: None,
+    reference: Reference | None = None,
 ) -> list[Json]:
     """Results of items that are loaded and timed together; `advanced` is called after each load and each value."""
     empty = Series(runtime.empty_run())
@@ -118,10 +122,18 @@ def measure_group(
         advanced()
     pairs = [one for one in loaded if isinstance(one, Difference)]
     frames = (one.rest for one in pairs if one.rest is not None and one.rest is not empty)
-    interleave([empty, *(one.whole for one in pairs), *frames], np.random.default_rng(seed), yardstick, advanced)
-    name = f"{runtime.name} {runtime.version}"
-    best = None if yardstick is None else yardstick.best
-    return [_result(item, one, empty, name, best) for item, one in zip(items, loaded, strict=True)]
+    effort = max((one.whole.effort for one in pairs), key=lambda effort: effort.least, default=LAYER)
+    beside = reference and reference.series(effort)
+    series = [empty, *(one.whole for one in pairs), *frames, *([beside] if beside else ())]
+    interleave(series, np.random.default_rng(seed), yardstick, advanced)
+    about: Json = {"runtime": f"{runtime.name} {runtime.version}", "yardstick": yardstick and yardstick.best}
+    if reference and beside:
+        try:
+            took = beside.timing()
+        except MeasurementFailed as error:
+            return [failure(item, f"the reference failed: {error}") for item in items]
+        about |= {"reference": took.median, "speed": reference.speed(took)}
+    return [_result(item, one, empty, about) for item, one in zip(items, loaded, strict=True)]
 
 
 def failure(item: Json, reason: str) -> Json:
@@ -196,7 +208,7 @@ def _nodes(payload: Json) -> list[Node]:
     ]
 
 
-def _result(item: Json, measured: Difference | Exception, empty: Series, runtime: str, yardstick: float | None) -> Json:
+def _result(item: Json, measured: Difference | Exception, empty: Series, about: Json) -> Json:
     if isinstance(measured, Exception):
         return failure(item, f"{type(measured).__name__}: {measured}")
     try:
@@ -204,7 +216,9 @@ def _result(item: Json, measured: Difference | Exception, empty: Series, runtime
         rest = None if measured.rest is None else measured.rest.timing()
     except MeasurementFailed as error:
         return failure(item, str(error))
-    about = conditions() | {"runtime": runtime, "yardstick": yardstick, "empty_run": nothing.median}
+    speed = 1.0 if item["kind"] == "canary" else about.get("speed", 1.0)
+    about = conditions() | about | {"speed": speed, "empty_run": speed * nothing.median}
+    whole, rest = whole.at(speed), rest and rest.at(speed)
     return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(whole, rest, about)
 
 

@@ -149,6 +149,10 @@ class Timing:
     outliers: tuple[int, ...]
     disturbed: tuple[int, ...] = ()
 
+    def at(self, speed: float) -> "Timing":
+        """Its figures at a machine's usual speed, where it was taken at this share of that; the values stay raw."""
+        return replace(self, median=speed * self.median, iqr=speed * self.iqr, p90=speed * self.p90)
+
 
 @dataclass
 class Series:

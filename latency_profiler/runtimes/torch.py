@@ -68,21 +68,35 @@ def bound(compute: Forward, inputs: Tensors) -> Callable[[], torch.Tensor]:
 
 
 def forward(nodes: Sequence[Node], weights: Mapping[str, torch.Tensor]) -> Forward:
-    """A network's last node as a function of its inputs by index."""
-    steps = [(node, _kernel(node, weights)) for node in nodes]
+    """A network's last node as a function of its inputs by index.
+
+    A result is let go after its last reader, as by a module that is called with it: its memory, which the caches still
+    hold, is the next one's.
+    """
+    last_reader = {index: node for node in nodes for index in (node.input, node.shortcut) if index is not None}
+    steps = [
+        (
+            node,
+            _kernel(node, weights),
+            [index for index, reader in last_reader.items() if reader is node and index >= 0],
+        )
+        for node in nodes
+    ]
 
     def compute(inputs: Tensors) -> torch.Tensor:
-        results: list[torch.Tensor] = []
+        results: Tensors = {}
 
         def read(index: int) -> torch.Tensor:
             return inputs[index] if index < 0 else results[index]
 
-        for node, kernel in steps:
+        for at, (node, kernel, over) in enumerate(steps):
             x = kernel(read(node.input))
             if node.shortcut is not None:
                 x += read(node.shortcut)
-            results.append(_activate(x, node.layer.activation))
-        return results[-1]
+            results[at] = _activate(x, node.layer.activation)
+            for index in over:
+                del results[index]
+        return results[len(steps) - 1]
 
     return compute
 

@@ -75,7 +75,9 @@ class FitView(BaseModel):
     within_10: float | None
     spearman: float | None
     bias: float | None = Field(description="mean error with its sign, positive where prices are too high")
-    noise_floor: float | None = Field(description="mean difference between two measurements of one network")
+    noise_floor: float | None = Field(
+        description="mean difference between two measurements of one network, as they ran"
+    )
     terms: dict[str, float] = Field(
         description="weights of what layers cost in a network beyond the slope: bytes, and families of layers"
     )

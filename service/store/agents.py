@@ -267,7 +267,10 @@ def _fit(session: Session, device: Device, space: Space) -> None:
 def _networks(
     session: Session, device: Device, space: Space, table: LatencyTable, statistic: Statistic
 ) -> tuple[list[tuple[Parts, float]], list[tuple[Parts, float]], list[tuple[float, float]]]:
-    """The networks that were measured: to fit, held out, and measured again, as `fit_networks` takes them."""
+    """The networks that were measured: to fit, held out, and measured again, as `fit_networks` takes them.
+
+    Those that were measured again are compared as they ran, at whatever speed: the noise is what a user will meet.
+    """
     pairs: dict[str, list[tuple[Parts, float]]] = {FITTED: [], HELD_OUT: []}
     repeated: list[tuple[float, float]] = []
     for channels, purpose in calibration_networks(space):
@@ -275,10 +278,11 @@ def _networks(
         seconds = measurements.measured_network(session, device, key, statistic)
         if seconds is None or table.missing(space.layers(channels)):
             continue
-        key = work.network_key(space, channels, REPEATED)
-        again = measurements.measured_network(session, device, key, statistic)
+        later = work.network_key(space, channels, REPEATED)
+        again = measurements.measured_network(session, device, later, statistic)
         if purpose == HELD_OUT and again is not None:
-            repeated.append((seconds, again))
+            before, after = (measurements.speed_then(session, device, one) for one in (key, later))
+            repeated.append((seconds / before, again / after))
             seconds = (seconds + again) / 2
         pairs[purpose].append((parts_of(table, space, channels), seconds))
     return pairs[FITTED], pairs[HELD_OUT], repeated

@@ -379,7 +379,18 @@ def _entries(session: Session, table_id: str) -> list[Entry]:
 def measured_network(session: Session, device: Device, key: str, statistic: Statistic = Statistic.P50) -> float | None:
     """Seconds of a network in the device's current table, None where there are none."""
     column = Measurement.p90 if statistic is Statistic.P90 else Measurement.seconds
-    query = select(column).where(
+    seconds: float | None = session.scalar(_network(device, key, column))
+    return seconds
+
+
+def speed_then(session: Session, device: Device, key: str) -> float:
+    """Share of its usual speed at which the machine measured a network (`latency_profiler.reference`)."""
+    conditions = session.scalar(_network(device, key, Measurement.conditions)) or {}
+    speed = conditions.get("speed")
+    return speed if isinstance(speed, float) and 0.1 < speed < 10 else 1.0
+
+
+def _network(device: Device, key: str, column: Any) -> Any:
+    return select(column).where(
         Measurement.table_id == device.table_id, Measurement.kind == WorkKind.NETWORK, Measurement.key == key
     )  # fmt: skip
-    return session.scalar(query)

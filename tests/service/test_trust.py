@@ -22,6 +22,7 @@ class Machine:
 
     def __init__(self, connection: str = "first", facts: dict[str, Any] = FACTS) -> None:
         self.connection, self.facts, self.pace, self.network_pace = connection, facts, 1.0, 1.0
+        self.speed: object = None
         self.uploads = 0
 
     def step(self, limit: int = 10_000) -> list[str]:
@@ -48,12 +49,10 @@ class Machine:
         return measurements.canonical_sha(self.facts)
 
     def _measure(self, work: Any) -> Outcome:
-        if work.kind is WorkKind.NETWORK:
-            purpose = work.payload["purpose"]
-            seconds = seconds_of(work) * (self.network_pace if purpose == HELD_OUT else 1.0)
-        else:
-            seconds = seconds_of(work)
-        return Outcome(work.id, work.kind, work.key, self.pace * seconds, 0.0, True, (seconds,), {})
+        held_out = work.kind is WorkKind.NETWORK and work.payload["purpose"] == HELD_OUT
+        seconds = seconds_of(work) * (self.network_pace if held_out else 1.0)
+        conditions = {} if self.speed is None or not held_out else {"speed": self.speed}
+        return Outcome(work.id, work.kind, work.key, self.pace * seconds, 0.0, True, (seconds,), conditions)
 
 
 def current() -> LookupTable:
@@ -119,6 +118,20 @@ def test_a_table_is_trusted_by_its_held_out_networks_and_knows_its_noise(databas
         fit = measurements.fits(session, current().id)[SPACE.key]
     assert fit.noise_floor == pytest.approx(1 - 1 / 1.01), "the second time, without the first's 1 % more"
     assert fit.bias == pytest.approx(-1 + 1 / 1.005), "against the mean of both"
+
+
+@pytest.mark.parametrize(
+    ("speed", "noise"), [(0.8, 1 - 0.8), (None, 0), (1.0, 0), (0.0, 0), (1e-300, 0), ("fast", 0), ([], 0)]
+)
+def test_the_noise_is_that_of_times_as_they_ran(database: str, speed: object, noise: float) -> None:
+    register(points=3)
+    machine = Machine()
+    machine.speed = speed
+    machine.work()
+    with transaction() as session:
+        fit = measurements.fits(session, current().id)[SPACE.key]
+    assert fit.noise_floor == pytest.approx(noise), "the second time at its usual speed"
+    assert fit.mean_error == pytest.approx(0, abs=1e-9)
 
 
 def test_a_table_with_large_errors_is_not_trusted(database: str) -> None:

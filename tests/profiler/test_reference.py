@@ -1,0 +1,119 @@
+"""Seconds at a machine's usual speed, on a machine that is as fast as the test says."""
+
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from latency_profiler.layers import Layer, Node, Op
+from latency_profiler.measuring import measure_group
+from latency_profiler.reference import MEMORY, NOW, Reference, reference_of
+from latency_profiler.runtimes.base import Settings, open_runtime
+from latency_profiler.timing import LAYER, Stopwatch, measure
+
+LAYER_SECONDS, NETWORK_SECONDS = 2e-4, 1e-3
+LINEAR = Layer(Op.LINEAR, 8, 8, size=1)
+ITEMS: list[dict[str, Any]] = [
+    {"work_id": 1, "kind": "layer", "key": LINEAR.key, "payload": {"layer": LINEAR.to_json()}},
+    {"work_id": 2, "kind": "network", "key": "a network", "payload": {"nodes": []}},
+    {"work_id": 3, "kind": "canary", "key": f"{LINEAR.key}@1", "payload": {"layer": LINEAR.to_json()}},
+]
+
+
+@dataclass
+class Machine:
+    """A machine that is also a runtime: everything takes `slow` times as long as it should."""
+
+    slow: float = 1.0
+    now: float = 0.0
+    name = version = "machine"
+    settings = Settings()
+    framed = False
+    dtypes = ("float32",)
+
+    def subject(self, seconds: float) -> Stopwatch:
+        def run() -> None:
+            self.now += self.slow * seconds
+
+        return Stopwatch(run, clock=lambda: self.now)
+
+    def load_layer(self, _: Layer) -> Stopwatch:
+        return self.subject(LAYER_SECONDS)
+
+    def load_network(self, _: list[Node]) -> Stopwatch:
+        return self.subject(NETWORK_SECONDS)
+
+    def empty_run(self) -> Stopwatch:
+        return self.subject(LAYER_SECONDS / 2)
+
+
+def read(reference: Reference, machine: Machine) -> float:
+    return reference.speed(measure(machine.load_network([])))
+
+
+def test_what_is_measured_in_a_slow_phase_counts_as_in_a_usual_one() -> None:
+    machine = Machine()
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now)
+    for _ in range(3):
+        measure_group(machine, ITEMS, 0, reference=reference)
+        machine.now += 2 * NOW
+    machine.slow = 1.1
+    layer, network, canary = measure_group(machine, ITEMS, 0, reference=reference)
+    assert layer["seconds"] == pytest.approx(LAYER_SECONDS / 2)
+    assert network["seconds"] == pytest.approx(NETWORK_SECONDS)
+    assert network["conditions"]["p90"] == pytest.approx(NETWORK_SECONDS)
+    assert network["values"] == pytest.approx(len(network["values"]) * [1.1 * NETWORK_SECONDS]), "raw"
+    for one in (layer, network):
+        assert one["conditions"]["speed"] == pytest.approx(1 / 1.1)
+        assert one["conditions"]["reference"] == pytest.approx(1.1 * NETWORK_SECONDS)
+        assert one["conditions"]["empty_run"] == pytest.approx(LAYER_SECONDS / 2)
+    assert canary["seconds"] == pytest.approx(1.1 * LAYER_SECONDS / 2), "a canary says how slow the device has become"
+    assert canary["conditions"]["speed"] == 1.0
+
+
+def test_readings_of_now_are_taken_together() -> None:
+    machine = Machine()
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now)
+    assert read(reference, machine) == 1.0
+    machine.now += 2 * NOW
+    speeds = []
+    for machine.slow in (1.0, 1.3, 1.1):
+        speeds.append(read(reference, machine))
+    assert speeds == pytest.approx([1.0, 1 / 1.15, 1.05 / 1.1])
+
+
+def test_a_clock_that_is_lowered_for_good_becomes_usual() -> None:
+    machine = Machine()
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now)
+    read(reference, machine)
+    machine.slow = 2.0
+    for _ in range(MEMORY):
+        machine.now += 2 * NOW
+        speed = read(reference, machine)
+    assert speed == pytest.approx(1.0)
+
+
+def test_nothing_counts_beside_a_reference_that_fails() -> None:
+    def fail() -> None:
+        raise ValueError("out of memory")
+
+    results = measure_group(Machine(), ITEMS, 0, reference=Reference(Stopwatch(fail)))
+    assert [one["error"] for one in results] == 3 * ["the reference failed: ValueError: out of memory"]
+
+
+def test_only_runtimes_of_this_machine_have_a_reference(caplog: pytest.LogCaptureFixture) -> None:
+    assert reference_of(open_runtime("simulated", Settings())) is None
+    assert caplog.records == []
+    found = reference_of(open_runtime("onnxruntime", Settings()))
+    assert found is not None
+    assert measure(found.series(LAYER).subject).median > 0
+
+    def refuse(_: object) -> Stopwatch:
+        raise ValueError("no such kernel")
+
+    limited = SimpleNamespace(name="limited", empty_run=Machine().empty_run, load_network=refuse)
+    with caplog.at_level(logging.WARNING):
+        assert reference_of(limited) is None  # type: ignore[arg-type]
+    assert "no such kernel" in caplog.text
