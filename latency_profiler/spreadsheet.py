@@ -8,7 +8,9 @@ from typing import Any
 from latency_profiler.layers import Layer
 
 FIGURES = ("seconds", "p90", "iqr", "count", "steady")
-CONDITIONS = ("loops", "warmup", "empty_run", "load", "frequency_mhz", "governor", "at", "agent", "runtime", "source")
+CONDITIONS = (
+    "loops", "warmup", "empty_run", "speed", "load", "frequency_mhz", "governor", "at", "agent", "runtime", "source",
+)  # fmt: skip
 FORMULA = ("=", "+", "-", "@")
 """A cell that begins so would be computed by the spreadsheet."""
 

@@ -312,15 +312,15 @@ class Measurement(Base):
     payload: Mapped[dict[str, Any]]
     """The work's payload."""
     seconds: Mapped[float]
-    """The median of `values`, less the runtime's empty run for a layer."""
+    """The median of `values` at the machine's usual speed, less the runtime's empty run for a layer."""
     p90: Mapped[float | None]
     """The 90th percentile of single runs (of `values`, where runs were not timed one by one), less the same."""
     iqr: Mapped[float]
     steady: Mapped[bool] = mapped_column(Boolean)
     values: Mapped[list[float]]
     conditions: Mapped[dict[str, Any]]
-    """Loops, single runs, warm-up, empty run, load, frequency, time, versions of agent and runtime, source (`measured`
-    or `imported`)."""
+    """Loops, single runs, warm-up, empty run, the machine's speed, load, frequency, time, versions of agent and
+    runtime, source (`measured` or `imported`)."""
     upload_id: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float] = mapped_column(default=now())
 
