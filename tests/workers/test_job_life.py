@@ -626,17 +626,16 @@ def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world:
     assert found[0] >= slow + failing
 
 
-@pytest.mark.parametrize("slow", [6, 7])
-def test_where_few_finalists_hold_the_budget_they_win(world: None, slow: int) -> None:
-    bench = Partial(slow, 0)
-    top = 8 - slow
+@pytest.mark.parametrize(("slow", "top"), [(4, 2), (6, 1)])
+def test_where_few_finalists_hold_the_budget_they_win(world: None, slow: int, top: int) -> None:
+    bench = Partial(slow)
     job = run(submit(latency_bound(0.5), retraining={"finalists": 8, "trial_epochs": 1, "top": top}), bench)
     assert job.result is not None
     asked = {tuple(channels): at for at, channels in enumerate(bench.checked)}
     trained = [one["channels"] for one in (job.result["winner"], *job.result["runners_up"])]
     found = [asked[tuple(layer.c_out for layer in SPACE.layers(channels))] for channels in trained]
-    assert found == bench.held(job)
-    assert len(found) == top
+    assert len(found) == top <= len(bench.held(job))
+    assert set(found) <= set(bench.held(job))
 
 
 def test_the_winner_is_the_finalist_that_a_short_training_finds_best(world: None) -> None:
