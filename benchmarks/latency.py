@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from statistics import mean
 from typing import Any
@@ -37,9 +36,8 @@ from latency_profiler.calibration import (
 from latency_profiler.cost import Constraint, Metric
 from latency_profiler.device import conditions, cpu
 from latency_profiler.lookup_table import Entry, LatencyModel, LatencyTable
-from latency_profiler.measuring import measure_group, measure_groups, yardstick_of
+from latency_profiler.measuring import measure_groups, measuring
 from latency_profiler.planning import plan_layers, refinement
-from latency_profiler.reference import reference_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -108,10 +106,10 @@ def measure(case: Case) -> Json:
     space = get_space(case.space, case.image_size, WIDTH, 10 if case.image_size == 32 else 1000, True)
     runtime = open_runtime(case.runtime, Settings(case.threads, case.batch))
     rng, start = np.random.default_rng(0), time.perf_counter()
-    measure = partial(measure_group, runtime, yardstick=yardstick_of(runtime), reference=reference_of(runtime))
+    in_process = measuring(runtime)
 
     def measured(items: Sequence[Json]) -> list[Json]:
-        return sorted(measure_groups(measure, items, rng), key=lambda result: int(result["work_id"]))
+        return sorted(measure_groups(in_process, items, rng), key=lambda result: int(result["work_id"]))
 
     def seconds(items: Sequence[Json]) -> list[float]:
         return [result["seconds"] for result in measured(items)]

@@ -46,8 +46,12 @@ def measure_work(
     runtime: Runtime, items: Sequence[Json], rng: np.random.Generator, go_on: Callable[[], bool] = lambda: True
 ) -> list[Json]:
     """`measure_groups` in this process."""
-    measure = partial(measure_group, runtime, yardstick=yardstick_of(runtime), reference=reference_of(runtime))
-    return measure_groups(measure, items, rng, go_on)
+    return measure_groups(measuring(runtime), items, rng, go_on)
+
+
+def measuring(runtime: Runtime) -> Measure:
+    """`measure_group` in this process; all groups are compared with the same yardstick and reference."""
+    return partial(measure_group, runtime, yardstick=yardstick_of(runtime), reference=reference_of(runtime))
 
 
 def measure_groups(
