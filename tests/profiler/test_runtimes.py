@@ -4,9 +4,11 @@ import hashlib
 import json
 import shutil
 import tomllib
+import weakref
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,3 +241,21 @@ def test_simulated_phone_drifts_and_throttles_by_its_seed() -> None:
     assert values(0) == values(0)
     assert values(0) != values(1)
     assert max(values(0)) > 1.4 * min(values(0))
+
+
+def test_eager_pytorch_keeps_a_result_no_longer_than_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latency_profiler.runtimes import torch as eager
+
+    results, alive, activate = list[weakref.ref[Any]](), list[int](), eager._activate
+
+    def note(x: Any, activation: Any) -> Any:
+        y = activate(x, activation)
+        results.append(weakref.ref(y))
+        alive.append(sum(result() is not None for result in results))
+        return y
+
+    monkeypatch.setattr(eager, "_activate", note)
+    space = get_space("resnet20", 8, 0.5, 10)
+    eager.Torch(Settings()).load_network(space.nodes(space.channels(space.largest))).run()
+    assert len(alive) > 20
+    assert max(alive) == 3, "what is read, the shortcut, and the new one"
