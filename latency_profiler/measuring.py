@@ -7,7 +7,8 @@ wants frames (`frames`); a network keeps the call that it pays for once.
 A machine that others share is slower for some seconds and fast again, and a network is slower or faster for as long as
 its weights lie where they lie. Layers are so many that this cancels. A network is loaded and measured in several
 *visits* that lie apart, and the middle one counts. What changes for minutes is told by a `reference` that is timed with
-every group: seconds are those at its usual speed. Canaries, which watch that speed, count as they ran.
+every group: seconds are those at its usual speed. Far from that (`CLOSE`) the reference tells too little of others, so
+that networks are visited more often. Canaries, which watch that speed, count as they ran.
 """
 
 import time
@@ -35,7 +36,12 @@ GROUP_PARAMETERS = 1 << 24
 """Weights that are loaded at the same time: 64 MiB, unless one layer alone has more."""
 LONGEST_REASON = 1000
 VISITS = 3
-"""Of each network; odd, so that there is a middle one."""
+"""Of each network close to the machine's usual speed; odd, so that there is a middle one."""
+MOST_VISITS = 9
+"""Where the machine is slower or faster for longer than some visits last."""
+CLOSE = 0.1
+"""Share of the usual speed: what mostly waits slows down less than what computes, and for a correction of 17 % that was
+6 % (a small network of PyTorch's)."""
 APART = 2.0
 """Seconds from the end of one visit to the next, at least, where the machine is one that others share."""
 LEAST_SECONDS = 1e-9
@@ -64,7 +70,8 @@ def measure_groups(
 ) -> list[Json]:
     """Results of leased items, in a shuffled order, so that a drift of the machine is no slope over widths.
 
-    When all is done once, networks are visited again, and layers that were unsteady: the disturbance may be over.
+    When all is done once, networks are visited again, and layers that were unsteady or measured
+    far from the usual speed: the disturbance may be over.
 
     Args:
         measure: gives the results of items that are loaded at the same time, and a seed.
@@ -85,7 +92,7 @@ def measure_groups(
         if visits and not go_on():
             break
         visit(group)
-    for _ in range(1, VISITS):
+    for _ in range(1, MOST_VISITS):
         for group in _groups([item for item in items if _visited_again(item, visits.get(item["work_id"], []))]):
             shared = [item for item in group if item["kind"] == "network" and _shared(visits[item["work_id"]][0])]
             if shared:
@@ -150,10 +157,17 @@ def _seed(rng: np.random.Generator) -> int:
 
 
 def _visited_again(item: Json, results: Sequence[Json]) -> bool:
-    """Whether a network has a result, or a layer a single one that is unsteady."""
+    """Whether a network has too few results close to the usual speed, or a layer only one, far from it or unsteady."""
     if not results or any("error" in result for result in results):
         return False
-    return item["kind"] == "network" or (len(results) == 1 and not results[0]["steady"])
+    if item["kind"] == "network":
+        return sum(map(_close, results)) < VISITS
+    return len(results) == 1 and not (results[0]["steady"] and _close(results[0]))
+
+
+def _close(result: Json) -> bool:
+    """Whether the machine had about its usual speed."""
+    return bool(abs(result["conditions"].get("speed", 1.0) - 1) <= CLOSE)
 
 
 def _shared(result: Json) -> bool:
@@ -162,18 +176,23 @@ def _shared(result: Json) -> bool:
 
 
 def _middle(results: Sequence[Json], item: Json) -> Json:
-    """The middle of several visits, or the surer of two; the others' values are kept among its conditions."""
+    """The middle of several visits, or the surer of two; the others' values are kept among its conditions.
+
+    Those close to the usual speed are preferred to the others.
+    """
     right = [result for result in results if "error" not in result]
     if len(right) < 2:
         return (right or results)[0]
-    if len(right) == 2:
-        best = min(right, key=lambda one: (not one["steady"], one["iqr"] / len(one["values"]) ** 0.5))
+    close = [one for one in right if _close(one)] or right
+    if len(close) <= 2:
+        best = min(close, key=lambda one: (not one["steady"], one["iqr"] / len(one["values"]) ** 0.5))
     else:
         tail = item["payload"].get("statistic") == Statistic.P90
-        best = sorted(right, key=lambda one: one["conditions"]["p90"] if tail else one["seconds"])[len(right) // 2]
+        best = sorted(close, key=lambda one: one["conditions"]["p90"] if tail else one["seconds"])[len(close) // 2]
     kept = [
         {name: one[name] for name in ("seconds", "iqr", "steady")}
-        | {"values": [round(value, DIGITS) for value in one["values"]], "at": one["conditions"]["at"]}
+        | {"values": [round(value, DIGITS) for value in one["values"]]}
+        | {"speed": one["conditions"].get("speed", 1.0), "at": one["conditions"]["at"]}
         for one in right
         if one is not best
     ]

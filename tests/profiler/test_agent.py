@@ -296,7 +296,7 @@ def test_what_is_unsteady_is_measured_again_when_all_else_is_done(unsteady: int)
     assert len(measure.calls) == len(items) + 1
     result = results[3]
     assert (result["seconds"], result["steady"]) == (2.0, unsteady == 1), "the surer one stands, flagged if unsteady"
-    other = {"seconds": 1.0, "iqr": 0.5, "steady": False, "values": [1.0], "at": "time 1"}
+    other = {"seconds": 1.0, "iqr": 0.5, "steady": False, "values": [1.0], "speed": 1.0, "at": "time 1"}
     assert result["conditions"]["others"] == [other]
     assert "others" not in results[4]["conditions"]
 
@@ -321,6 +321,45 @@ def test_the_middle_of_three_visits_is_a_networks_time() -> None:
     [result] = measure_groups(measure, [network_item(1)], np.random.default_rng(0))
     assert (result["seconds"], measure.times) == (2.0, [])
     assert [one["values"] for one in result["conditions"]["others"]] == [[1.0], [3.0]]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "seconds"),
+    [
+        ([1.0, 0.8, 0.8, 0.95, 1.05], 4.0),
+        ([0.8, 1.2, *[0.8] * 4, 0.95, 0.8, 0.8], 7.0),
+        ([0.8, 1.2, *[0.8] * 7], 5.0),
+    ],
+    ids=["three that are close", "one that is close", "none that is close"],
+)
+def test_a_network_is_visited_more_often_where_the_machine_is_slower_than_usual(
+    speeds: list[float], seconds: float
+) -> None:
+    """And the middle of the visits close to the usual speed counts."""
+
+    def measure(items: Sequence[Json], seed: int) -> list[Json]:
+        nth = next(visits)
+        conditions = {"at": "now", "p90": 1.0, "speed": speeds[nth]}
+        figures = {"iqr": 0.1 / (nth + 1), "steady": True, "values": [1.0], "conditions": conditions}
+        return [{"work_id": items[0]["work_id"], "seconds": float(nth + 1), **figures}]
+
+    visits = iter(range(len(speeds)))
+    [result] = measure_groups(measure, [network_item(1)], np.random.default_rng(0))
+    assert (result["seconds"], next(visits, None)) == (seconds, None), "and no more often"
+    assert [one["speed"] for one in result["conditions"]["others"]] == [
+        speed for nth, speed in enumerate(speeds, 1) if nth != seconds
+    ]
+
+
+def test_a_layer_measured_far_from_the_usual_speed_is_measured_again() -> None:
+    def measure(items: Sequence[Json], seed: int) -> list[Json]:
+        speed, seconds = next(visits)
+        figures = {"iqr": 0.0, "steady": True, "values": [1.0], "conditions": {"at": "now", "speed": speed}}
+        return [{"work_id": items[0]["work_id"], "seconds": seconds, **figures}]
+
+    visits = iter([(0.8, 1.0), (0.95, 2.0)])
+    [result] = measure_groups(measure, [layer_item(1, 8)], np.random.default_rng(0))
+    assert (result["seconds"], result["conditions"]["speed"]) == (2.0, 0.95)
 
 
 def test_where_a_percentile_decides_visits_are_ordered_by_it() -> None:
