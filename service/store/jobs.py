@@ -6,6 +6,7 @@ change. Every change of state leaves an event in the same transaction.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from latency_profiler.errors import NotFound, SecateursError
 from service.specs import JobRequest
+from service.store import blobs
 from service.store.models import TERMINAL, Chunk, Job, JobEvent, JobState, now
 
 
@@ -242,8 +244,22 @@ def _end(session: Session, job_id: str, state: JobState, **changes: Any) -> None
     assert isinstance(done, CursorResult)
     if done.rowcount:
         session.execute(delete(Chunk).where(Chunk.job_id == job_id))
+        _drop_checkpoint(session, job_id)
         facts = {name: value for name, value in changes.items() if name == "error"}
         add_event(session, job_id, "state", {"state": state, **facts})
+
+
+def _drop_checkpoint(session: Session, job_id: str) -> None:
+    """Nobody goes on from it any more.
+
+    The file goes before the commit: should that fail, or a job that does just the same refer to it, too, training
+    begins anew and ends the same.
+    """
+    memory = session.scalar(select(Job.memory).where(Job.id == job_id)) or {}
+    sha256 = (memory.get("checkpoint") or {}).get("sha256")
+    if sha256 and blobs.discard(session, sha256):
+        with suppress(OSError):
+            blobs.blob_path(sha256).unlink()
 
 
 def phase_seconds(session: Session, job_id: str) -> dict[str, float]:

@@ -1,16 +1,18 @@
 """One worker at a time may write for a job: the statements that carry that promise, on both databases."""
 
+import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from latency_profiler.errors import NotFound
 from service.specs import JobRequest, resolve
-from service.store import jobs
+from service.store import blobs, jobs, pruning_nets
 from service.store.jobs import Claim, JobStateConflict, LeaseLost
-from service.store.models import Dataset, Job, JobState
+from service.store.models import Blob, Dataset, Job, JobState
 from service.store.session import transaction
 
 LEASE, ATTEMPTS = 30.0, 3
@@ -155,6 +157,46 @@ def test_cancelling_ends_an_idle_job_at_once_and_twice_is_once(submit: Callable[
     assert jobs_call(jobs.request_cancel, job_id).state is JobState.CANCELLED
     assert jobs_call(jobs.request_cancel, job_id).state is JobState.CANCELLED
     assert claim() is None
+
+
+def keep_checkpoint(held: Claim, content: bytes) -> Path:
+    sha256 = hashlib.sha256(content).hexdigest()
+    path = blobs.blob_path(sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    with transaction() as session:
+        blobs.register(session, sha256)
+        jobs.save_step(session, held, memory={"checkpoint": {"sha256": sha256, "counters": {}}})
+    return path
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed", "its file is lost"])
+def test_a_job_that_ends_takes_its_checkpoint_with_it(submit: Callable[[], str], end: str) -> None:
+    job_id = submit()
+    held = take()
+    path = keep_checkpoint(held, end.encode())
+    if end == "its file is lost":
+        path.unlink()
+    if end == "failed":
+        jobs_call(jobs.finish, held, JobState.FAILED)
+    else:
+        jobs_call(jobs.release, held)
+        jobs_call(jobs.request_cancel, job_id)
+    assert not path.exists()
+    with transaction() as session:
+        assert session.get(Blob, path.name) is None
+
+
+def test_a_checkpoint_that_is_also_a_pruning_net_stays(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    held = take()
+    path = keep_checkpoint(held, b"shared")
+    with transaction() as session:
+        about = {"family": "f", "space_key": "s", "dataset_id": session.get_one(Job, job_id).dataset_id}
+        pruning_nets.join(session, "net", job_id, settings={}, band_low=0.0, band_high=1.0, **about)
+        pruning_nets.save(session, "net", checkpoint=path.name, progress={}, ready=False)
+    jobs_call(jobs.finish, held, JobState.FAILED)
+    assert (read(job_id).state, path.exists()) == (JobState.FAILED, True)
 
 
 def test_a_cancellation_wins_over_a_finish_that_comes_later(submit: Callable[[], str]) -> None:
