@@ -93,7 +93,8 @@ class Agent:
         self._spool = Spool(options.spool or default_spool(options.server, options.device))
         self._rng = np.random.default_rng(options.seed)
         self._limit = MOST_ITEMS
-        self._bench = Bench(options.runtime, options.settings, options.patience)
+        usual = self._spool.folder / f"{self._fingerprint.sha256}.usual"
+        self._bench = Bench(options.runtime, options.settings, options.patience, usual=usual)
         self._turn = Turn(options.lock)
 
     def run(self) -> None:

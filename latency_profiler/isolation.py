@@ -47,6 +47,7 @@ class Bench:
         settings: how it computes.
         patience: seconds without progress after which a group hangs.
         waiting: called about every second while something is measured.
+        usual: a file that tells the next process how fast the machine usually is with these settings.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Bench:
         settings: Settings,
         patience: float = PATIENCE,
         waiting: Callable[[], None] = lambda: None,
+        usual: Path | None = None,
     ) -> None:
         self._runtime, self._settings, self._patience, self.waiting = runtime, settings, patience, waiting
+        self._usual = usual
         self._process: subprocess.Popen[bytes] | None = None
         self._line: Connection | None = None
 
@@ -112,7 +115,7 @@ class Bench:
         if self._line is not None:
             return self._line
         line, theirs = Pipe()
-        about = [self._runtime, json.dumps(asdict(self._settings))]
+        about = [self._runtime, json.dumps(asdict(self._settings)), *([str(self._usual)] if self._usual else ())]
         command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *about]
         try:
             with theirs:
@@ -185,10 +188,10 @@ def _open_shared(file: Path) -> int | None:
         return None
 
 
-def _serve(line: Connection, runtime: str, settings: Settings) -> None:
+def _serve(line: Connection, runtime: str, settings: Settings, usual: Path | None) -> None:
     """Measure group after group until the agent hangs up."""
     opened = open_runtime(runtime, settings)
-    yardstick, reference, last = yardstick_of(opened), reference_of(opened), 0.0
+    yardstick, reference, last = yardstick_of(opened), reference_of(opened, usual), 0.0
 
     def alive() -> None:
         nonlocal last
@@ -205,13 +208,14 @@ def _serve(line: Connection, runtime: str, settings: Settings) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The process: handle of its line, id of the agent's process, runtime, settings."""
-    handle, parent, runtime, settings = arguments
+    """The process: handle of its line, id of the agent's process, runtime, settings, and the file of what is usual."""
+    handle, parent, runtime, settings, *usual = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which ends this process
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == int(parent):  # else it died before the kernel was told
-        _serve(Connection(int(handle)), runtime, Settings(**json.loads(settings)))
+        file = Path(usual[0]) if usual else None
+        _serve(Connection(int(handle)), runtime, Settings(**json.loads(settings)), file)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from latency_profiler.device import fingerprint
 from latency_profiler.errors import InvalidInput, ServiceError, ServiceUnreachable
 from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.measuring import APART, GROUP_SIZE, failure, measure_groups, measure_work
-from latency_profiler.runtimes.base import Settings
+from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.runtimes.simulated import EMPTY_SECONDS, Simulated
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.timing import TAIL, Stopwatch
@@ -119,6 +119,12 @@ def test_everything_that_is_leased_is_measured_and_handed_in(start: Start, tmp_p
     assert told["p90"] == pytest.approx(np.percentile(told["singles"], 90))
     assert {"load", "at", "agent", "loops", "warmup", "outliers"} <= told.keys()
     assert told["runtime"] == f"simulated {Simulated.version}"
+
+
+def test_what_a_machine_usually_takes_lies_beside_what_waits(start: Start, tmp_path: Path) -> None:
+    start(Service([layer_item(1, 8)]), runtime="onnxruntime").run()
+    sha256 = fingerprint(open_runtime("onnxruntime", Settings())).sha256
+    assert [file.name for file in (tmp_path / "spool").iterdir()] == [f"{sha256}.usual"]
 
 
 def test_a_percentile_that_decides_takes_more_runs_and_fits_into_an_upload() -> None:

@@ -1,15 +1,18 @@
 """Seconds at a machine's usual speed, on a machine that is as fast as the test says."""
 
+import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from latency_profiler.isolation import Bench
 from latency_profiler.layers import Layer, Node, Op
 from latency_profiler.measuring import measure_group
-from latency_profiler.reference import MEMORY, NOW, Reference, reference_of
+from latency_profiler.reference import MEMORY, NOW, SAVING_SECONDS, Reference, reference_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.timing import LAYER, Stopwatch, measure
 
@@ -93,6 +96,57 @@ def test_a_clock_that_is_lowered_for_good_becomes_usual() -> None:
         machine.now += 2 * NOW
         speed = read(reference, machine)
     assert speed == pytest.approx(1.0)
+
+
+def test_what_is_usual_outlives_the_process(tmp_path: Path) -> None:
+    machine, file = Machine(), tmp_path / "usual"
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now, file=file)
+    for _ in range(5):
+        read(reference, machine)
+        machine.now += SAVING_SECONDS
+    machine.slow = 1.25
+    later = Reference(machine.load_network([]), clock=lambda: machine.now, file=file)
+    assert [read(later, machine) for _ in range(4)] == pytest.approx([0.8] * 4)
+    machine.now += 2 * SAVING_SECONDS
+    read(later, machine)
+    assert json.loads(file.read_bytes()) == pytest.approx([NETWORK_SECONDS] * 5 + [1.25 * NETWORK_SECONDS] * 5)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}x", b"7", b'["fast"]', b"[[1.0]]", b"[null]", b"\xff"])
+def test_a_file_that_cannot_be_read_is_made_anew(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine, file = Machine(), tmp_path / "usual"
+    file.write_bytes(content)
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now, file=file)
+    assert "learned anew" in caplog.text
+    assert read(reference, machine) == 1.0
+    assert json.loads(file.read_bytes()) == pytest.approx([NETWORK_SECONDS])
+
+
+def test_readings_that_no_clock_gives_are_left_out(tmp_path: Path) -> None:
+    machine, file = Machine(), tmp_path / "usual"
+    file.write_text(f"[-1, 0, NaN, Infinity, {2 * NETWORK_SECONDS}, {2 * NETWORK_SECONDS}]")
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now, file=file)
+    assert read(reference, machine) == pytest.approx(2.0)
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine()
+    reference = Reference(machine.load_network([]), clock=lambda: machine.now, file=tmp_path / "none" / "usual")
+    assert caplog.text == ""
+    assert read(reference, machine) == 1.0
+    assert "cannot be kept" in caplog.text
+
+
+def test_the_measuring_process_keeps_what_is_usual(tmp_path: Path) -> None:
+    bench = Bench("onnxruntime", Settings(), usual=tmp_path / "usual")
+    try:
+        bench.measure(ITEMS[:1], 0)
+    finally:
+        bench.close()
+    [seconds] = json.loads((tmp_path / "usual").read_bytes())
+    assert 0 < seconds < 1
 
 
 def test_nothing_counts_beside_a_reference_that_fails() -> None:
