@@ -197,7 +197,10 @@ class NoMeasuringProcess(SecateursError):
 
     def __init__(self, runtime: str, reason: str) -> None:
         self.runtime = runtime
-        super().__init__(f"the process that measures with {runtime!r} {reason} before it was ready")
+        super().__init__(
+            f"the process that measures with {runtime!r} {reason} before it was ready: free memory, or install "
+            f"secateurs[{runtime}] anew; its last words are above"
+        )
 
 
 class ServiceError(SecateursError):

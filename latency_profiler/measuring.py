@@ -11,6 +11,7 @@ every group: seconds are those at its usual speed. Far from that (`CLOSE`) the r
 that networks are visited more often. Canaries, which watch that speed, count as they ran.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ import numpy as np
 
 from latency_profiler.cost import Statistic, layer_parameters
 from latency_profiler.device import conditions
-from latency_profiler.errors import InvalidInput, MeasurementFailed
+from latency_profiler.errors import InvalidInput, MeasurementFailed, NoMeasuringProcess
 from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Node
 from latency_profiler.reference import Reference, reference_of
@@ -46,6 +47,7 @@ APART = 2.0
 """Seconds from the end of one visit to the next, at least, where the machine is one that others share."""
 LEAST_SECONDS = 1e-9
 """What a layer counts that takes no longer than what is left without it: too little to be seen, but not nothing."""
+log = logging.getLogger("secateurs.agent")
 
 
 def measure_work(
@@ -80,26 +82,38 @@ def measure_groups(
         go_on: asked before every group but the first; what is left out has no result.
         again: asked before every group that was measured before.
         wait: passes some seconds between visits.
+
+    Raises:
+        NoMeasuringProcess: nothing could be measured; what was measured before that counts.
     """
     visits, left = dict[int, list[Json]](), dict[int, float]()
 
-    def visit(group: Sequence[Json]) -> None:
-        for result in measure(group, _seed(rng)):
-            visits.setdefault(result["work_id"], []).append(result)
-            left[result["work_id"]] = time.monotonic()
+    def pause(group: Sequence[Json]) -> None:
+        shared = [item for item in group if item["kind"] == "network" and _shared(visits[item["work_id"]][0])]
+        if shared:
+            wait(max(0.0, max(left[item["work_id"]] for item in shared) + APART - time.monotonic()))
 
-    for group in _groups([items[i] for i in rng.permutation(len(items))]):
-        if visits and not go_on():
-            break
-        visit(group)
-    for _ in range(1, MOST_VISITS):
-        for group in _groups([item for item in items if _visited_again(item, visits.get(item["work_id"], []))]):
-            shared = [item for item in group if item["kind"] == "network" and _shared(visits[item["work_id"]][0])]
-            if shared:
-                wait(max(0.0, max(left[item["work_id"]] for item in shared) + APART - time.monotonic()))
-            if not again():
+    def rounds() -> Iterator[list[Json]]:
+        for group in _groups([items[i] for i in rng.permutation(len(items))]):
+            if visits and not go_on():
                 break
-            visit(group)
+            yield group
+        for _ in range(1, MOST_VISITS):
+            for group in _groups([item for item in items if _visited_again(item, visits.get(item["work_id"], []))]):
+                pause(group)
+                if not again():
+                    return
+                yield group
+
+    try:
+        for group in rounds():
+            for result in measure(group, _seed(rng)):
+                visits.setdefault(result["work_id"], []).append(result)
+                left[result["work_id"]] = time.monotonic()
+    except NoMeasuringProcess as error:
+        if not visits:
+            raise
+        log.warning("%s; what was measured before is handed in", error)
     asked = {item["work_id"]: item for item in items}
     return [_middle(results, asked[work_id]) for work_id, results in visits.items()]
 

@@ -94,7 +94,7 @@ class Wire:
 
 def pause(attempt: int) -> float:
     """Seconds before attempt n + 1: 0.25, 0.5, 1, … 10."""
-    return float(min(LONGEST_PAUSE, 0.25 * 2 ** (attempt - 1)))
+    return float(min(LONGEST_PAUSE, 0.25 * 2 ** min(attempt - 1, 16)))
 
 
 def describe(error: Exception) -> str:

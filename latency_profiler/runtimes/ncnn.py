@@ -7,6 +7,7 @@ Numbers of parameters (`0=`, `9=`, …) are explained in ncnn's docs/developer-g
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +57,14 @@ class Ncnn:
     name = "ncnn"
     version: str = ncnn.__version__
     framed = False
-    dtypes = ("float32", "bfloat16", "float16")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """float16 where the processor has it: elsewhere ncnn would silently convolve in float32."""
+        return ("float32", "bfloat16", "float16") if _convolves_in("float16") else ("float32", "bfloat16")
 
     def load_layer(self, layer: Layer) -> Loaded:
         """One layer as a net of its own; an addition, and an activation behind it, are kernels of their own."""
@@ -95,6 +100,14 @@ class Ncnn:
             if net.load_param_mem(text) != 0 or net.load_model(str(file)) != 0:
                 raise OSError("ncnn cannot load the model")
         return net
+
+
+@cache
+def _convolves_in(dtype: str) -> bool:
+    """Whether a convolution gives other numbers than in float32."""
+    layer = Layer(Op.CONV, 16, 16, 8, 3, 1, 1)
+    exact, less = (Ncnn(Settings(dtype=one)).load_layer(layer).output() for one in ("float32", dtype))
+    return not np.array_equal(exact, less)
 
 
 def _ready(net: ncnn.Net, images: Sequence[Mapping[str, ncnn.Mat]], output: str, shape: Shape) -> Loaded:

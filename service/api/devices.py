@@ -23,6 +23,7 @@ from service.store.session import snapshot, transaction
 router = APIRouter(prefix="/devices", tags=["devices"])
 DevicePath = Annotated[Name, Path()]
 LARGEST_FACTS = 32 << 10
+DEEPEST_FACTS = 32
 
 
 def _storable(text: str) -> str:
@@ -43,7 +44,18 @@ def _storable_facts(facts: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must be at most {LARGEST_FACTS} bytes of JSON, not {size}")
     if "\\u0000" in text:
         raise ValueError("must not contain the character NUL")
+    level: list[Any] = [facts]
+    for _ in range(DEEPEST_FACTS):
+        level = [inner for one in level for inner in _inside(one)]
+    if level:
+        raise ValueError(f"must be nested at most {DEEPEST_FACTS} deep")
     return facts
+
+
+def _inside(value: Any) -> list[Any]:
+    """The objects and lists in an object or list."""
+    values = value.values() if isinstance(value, dict) else value
+    return [one for one in values if isinstance(one, dict | list)]
 
 
 Text = Annotated[str, AfterValidator(_storable)]

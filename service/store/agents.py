@@ -223,6 +223,8 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
     layers, networks = (work.open_keys(session, device.table_id, kind) for kind in (WorkKind.LAYER, WorkKind.NETWORK))
     ready = any(map(work.for_job, touched)) and not any(map(work.for_job, networks))
     for profile in measurements.profiles(session, device):
+        if profile.planned_table_id != device.table_id:
+            continue
         space = work.profile_space(profile)
         repeated = work.repeated_keys(space)
         if _finer(session, device, profile, touched, layers):
@@ -241,7 +243,7 @@ def _settle(session: Session, device: Device, touched: set[str]) -> bool:
 def _finer(session: Session, device: Device, profile: Profile, touched: set[str], open_layers: set[str]) -> bool:
     """Whether the last of a profile's layers have ended just now and show that more are needed."""
     layers, _ = work.profile_keys(profile)
-    if profile.planned_table_id != device.table_id or touched.isdisjoint(layers) or not layers.isdisjoint(open_layers):
+    if touched.isdisjoint(layers) or not layers.isdisjoint(open_layers):
         return False
     return work.refine(session, profile, measurements.load_table(session, device.name))
 

@@ -65,7 +65,7 @@ def test_lost_connections_are_tried_again_with_growing_pauses() -> None:
     server = Server(refused(), lost(), httpx2.Response(503), ok(id="x"))
     assert server.client.job("x") == {"id": "x"}
     assert server.pauses == [0.25, 0.5, 1.0]
-    assert [pause(n) for n in (1, 6, 7, 60)] == [0.25, 8.0, 10.0, 10.0]
+    assert [pause(n) for n in (1, 6, 7, 60, 10_000)] == [0.25, 8.0, 10.0, 10.0, 10.0]
 
 
 def test_a_service_that_stays_away_is_unreachable() -> None:

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import psutil
 import pytest
 
@@ -17,7 +19,9 @@ from latency_profiler import isolation
 from latency_profiler.agent import Agent, Options
 from latency_profiler.errors import NoMeasuringProcess
 from latency_profiler.isolation import Bench, Turn
+from latency_profiler.measuring import measure_group, measure_groups
 from latency_profiler.runtimes.base import Settings
+from latency_profiler.runtimes.simulated import Simulated
 from tests.profiler.test_agent import Service, layer_item
 
 ODD = '''
@@ -102,6 +106,21 @@ def test_no_layer_is_to_blame_where_the_process_does_not_start(
     (tmp_path / "away").unlink()
     Agent(options, transport=httpx2.MockTransport(service)).run()
     assert service.results[1]["seconds"] > 0
+
+
+def test_what_was_measured_before_the_process_was_lost_is_handed_in() -> None:
+    items = [layer_item(at, 8 + at) for at in range(1, 30)]
+    calls = list[int]()
+
+    def measure(group: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+        calls.append(len(group))
+        if len(calls) == 3:
+            raise NoMeasuringProcess("onnxruntime", "died of SIGKILL")
+        return measure_group(Simulated(Settings()), group, seed)
+
+    results = measure_groups(measure, items, np.random.default_rng(0))
+    assert len({one["work_id"] for one in results}) == calls[0] + calls[1]
+    assert all(one["seconds"] > 0 for one in results)
 
 
 def test_an_agent_keeps_its_lease_while_a_measurement_hangs(

@@ -109,6 +109,16 @@ def test_lesser_dtypes_compute_the_same_less_exactly(computing: Runtime) -> None
         assert NEAR["float32"] < share < NEAR[dtype], dtype
 
 
+def test_a_dtype_is_offered_only_where_convolutions_are_computed_in_it(computing: Runtime) -> None:
+    for layer in (Layer(Op.CONV, 16, 32, 8, 1, 1, 0), Layer(Op.CONV, 16, 32, 8, 3, 2, 1)):
+        outputs = {
+            dtype: opened(computing.name, Settings(dtype=dtype)).load_layer(layer).output()  # type: ignore[attr-defined]
+            for dtype in computing.dtypes
+        }
+        for dtype in computing.dtypes[1:]:
+            assert not np.array_equal(outputs["float32"], outputs[dtype]), dtype
+
+
 def test_a_result_depends_on_no_batch_and_no_number_of_threads(computing: Runtime) -> None:
     layer = Layer(Op.CONV, 5, 7, 9, 3, 2, 1, Activation.RELU)
     expected = reference(single(layer), random_weights(single(layer)), random_inputs(single(layer), 5))

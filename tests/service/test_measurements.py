@@ -203,6 +203,19 @@ def test_an_on_demand_profile_sleeps_until_a_job_needs_it(database: str) -> None
     assert {item.key for item in lease(facts=OTHER_FACTS).works if item.kind is WorkKind.LAYER} == layer_keys(4)
 
 
+def test_a_sleeping_profile_is_not_woken_by_the_layers_that_it_shares(database: str) -> None:
+    register(points=4)
+    more_classes = {**SPACE_ARGUMENTS, "classes": 11}
+    with transaction() as session:
+        measurements.request_profile(session, devices.get(session, "bench"), more_classes, "on-demand", 4)
+    sleeping, leased = get_space(**more_classes).key, list[str]()
+    while works := lease(limit=500).works:
+        leased += [item.key for item in works]
+        record(outcomes(works), f"upload {len(leased)}")
+    assert leased != []
+    assert [key for key in leased if key.startswith(sleeping)] == []
+
+
 def test_missing_layers(database: str) -> None:
     register(points=10)
     with transaction() as session:
