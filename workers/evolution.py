@@ -9,7 +9,7 @@ when there is none left. Where it leaves no more than the search may judge, all 
 search is the same without parents. Letters: n encodings, g genes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
@@ -161,12 +161,12 @@ class Evolution:
         """The best feasible candidate."""
         return next(iter(self.ranking()), None)
 
-    def top(self, count: int, key: Key) -> list[Judged]:
-        """The best candidates that differ in `key` (encodings with equal widths are one structure)."""
+    def top(self, count: int, key: Key, without: Collection[object] = ()) -> list[Judged]:
+        """The best candidates that differ in `key` (encodings with equal widths are one structure), without some."""
         best: dict[object, Judged] = {}
         for one in self.ranking():
             best.setdefault(key(one.proposal.encoding), one)
-        return list(best.values())[:count]
+        return [one for structure, one in best.items() if structure not in without][:count]
 
     def apart(self, count: int, key: Key, widths: Callable[[Encoding], Sequence[int]]) -> list[Judged]:
         """The best candidate, and of the best `AMONG` times `count` those that are least like one another, best first.

@@ -4,7 +4,7 @@ A generation's population is what survives of all that was judged, by rank of do
 place on the front is; parents win binary tournaments in it. All else, and the state, is `Evolution`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,9 @@ class Front(Evolution):
         """The best, and dearest, of the front."""
         return next(reversed(self.front()), None)
 
-    def top(self, count: int, key: Key) -> list[Judged]:
+    def top(self, count: int, key: Key, without: Collection[object] = ()) -> list[Judged]:
         """So many of the front, evenly spread over its cost, the dearest first."""
-        left = self.front()[::-1]
+        left = [one for one in self.front()[::-1] if key(one.proposal.encoding) not in without]
         chosen: list[Judged] = []
         costs = self._points(left)[:, 1].tolist() or [0.0]
         for cost in np.linspace(costs[0], costs[-1], count)[: len(left)]:

@@ -30,6 +30,7 @@ from workers.front import Front, survivors
 from workers.pruning_net import PruningNet
 from workers.sampling import Genes, numpy_generator, repair, sample
 from workers.screening import guess
+from workers.steps.searching import best_of
 
 GENES = 8
 GOAL = np.array([3, 28, 10, 17, 5, 22, 14, 9])
@@ -389,6 +390,25 @@ def test_members_of_a_front_are_spread_over_its_cost() -> None:
         assert count < 3 or max(np.diff(costs[::-1])) < 2 * (costs[0] - costs[-1]) / (count - 1)
     assert len(search.top(1000, lambda encoding: encoding)) == len(search.front())
     assert Front(SMALL, 0, FRONT).top(3, lambda encoding: encoding) == []
+
+
+def test_what_is_trained_of_a_front_is_spread_over_its_cost_and_within_the_budget() -> None:
+    search = searched_front()
+    dearest, *_, cheapest = reversed(search.front())
+    trained = best_of(search, str, 3, [], [])
+    assert trained == search.top(3, str)
+    assert (trained[0], trained[-1]) == (dearest, cheapest)
+    without = best_of(search, str, 3, [], [str(dearest.proposal.encoding)])
+    assert dearest not in without
+    assert (len(without), without[-1]) == (3, cheapest)
+
+
+def test_what_has_held_the_budget_is_trained_before_what_nobody_has_measured() -> None:
+    search = judged(Evolution(SMALL, 0, Weight(80)))
+    first, second, third, *_ = search.top(10, str)
+    tell = [str(one.proposal.encoding) for one in (first, third)]
+    assert best_of(search, str, 2, [], []) == [first, second]
+    assert best_of(search, str, 2, tell[1:], tell[:1]) == [third, second]
 
 
 def test_a_front_resumes_as_if_never_interrupted() -> None:

@@ -211,15 +211,11 @@ def _queue(
 ) -> list[turns.Trial]:
     """What to retrain: the best distinct structures, uniform networks and random ones.
 
-    Within milliseconds those that have `held` the budget come before those that nobody has measured. Where finalists
-    are asked for, they are those of the shortlist that have held it.
+    Where finalists are asked for, they are those of the shortlist that have held the budget.
     """
     space, key, count = context.space, _structure_id(context), context.spec.retraining.top or 1
-    ranked = {key(one.proposal.encoding): one for one in search.top(len(search.judged), key)}
-    known = [one for structure_id, one in ranked.items() if structure_id in held]
-    others = [one for structure_id, one in ranked.items() if structure_id not in {*held, *refused}]
-    best = ([*known, *others] if context.constrained else [*ranked.values()])[:count]
-    finalists = known[: context.spec.retraining.finalists or 1]
+    best = best_of(search, key, count, held if context.constrained else (), refused)
+    finalists = _among(search, key, held)[: context.spec.retraining.finalists or 1]
     role = Role.WINNER
     if context.spec.objective == "best" and len(finalists) > count:
         role, best = Role.FINALIST, finalists
@@ -235,6 +231,22 @@ def _queue(
         channels = space.channels(encoding)
         queue.append(turns.trial(context, Role.FIDELITY, METAPRUNING, channels, rank=rank, encoding=encoding))
     return queue
+
+
+def best_of(
+    search: Evolution, key: evolution.Key, count: int, held: Collection[str], refused: Collection[str]
+) -> list[evolution.Judged]:
+    """So many distinct structures: those that have `held` the budget come before those that nobody has measured.
+
+    Of a front, members that are spread over its cost.
+    """
+    if isinstance(search, Front):
+        return search.top(count, key, without=refused)
+    return [*_among(search, key, held), *search.top(count, key, without={*held, *refused})][:count]
+
+
+def _among(search: Evolution, key: evolution.Key, structure_ids: Collection[str]) -> list[evolution.Judged]:
+    return [one for one in search.top(len(search.judged), key) if key(one.proposal.encoding) in structure_ids]
 
 
 def _uniforms(budget: Budget, search: Evolution, best: Sequence[evolution.Judged]) -> list[tuple[int, ...]]:
