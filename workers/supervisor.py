@@ -52,7 +52,7 @@ def supervise_next(worker: str, stopping: Callable[[], bool]) -> bool:
     """Claim a job and stay with it until it ends or is given back; False when no job waits."""
     settings = get_settings()
     with transaction() as session:
-        claim = jobs.claim(session, f"{worker}:{os.getpid()}", settings.lease_seconds, settings.attempts)
+        claim = jobs.claim(session, _owner(worker), settings.lease_seconds, settings.attempts)
     if claim is None:
         return False
     log.info("job %s: claimed with fence %d", claim.job_id, claim.fence)
@@ -78,7 +78,7 @@ def evaluate_next(worker: str, stopping: Callable[[], bool], jobs_first: bool) -
     Args:
         jobs_first: whether a job that waits for a worker goes before all chunks.
     """
-    settings, owner = get_settings(), f"{worker}:{os.getpid()}:{new_id()[:8]}"
+    settings, owner = get_settings(), _owner(worker)
     with snapshot() as session:
         waiting = [one for one in chunks.waiting(session) if in_vain[one] < settings.attempts]
         if not waiting or (jobs_first and jobs.claimable(session)[0]):
@@ -101,6 +101,11 @@ def evaluate_next(worker: str, stopping: Callable[[], bool], jobs_first: bool) -
         log.warning("job %s: the process that scored for it ended with %s", waiting[0][0], _name(code))
         in_vain[waiting[0]] += settings.attempts if code == os.EX_CONFIG else 1
     return True
+
+
+def _owner(worker: str) -> str:
+    """Another name for every claim: what a former one left behind must not be kept by this one's beats."""
+    return f"{worker}:{os.getpid()}:{new_id()[:8]}"
 
 
 def _started(module: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -141,7 +146,7 @@ class Watch:
             *lines, self._buffer = (self._buffer + chunk).split(b"\n")
             self.moved = time.monotonic()
             for line in lines:
-                self.progress = json.loads(line) or self.progress
+                self.progress = _progress(line) or self.progress
         return True
 
     def beat(self) -> bool:
@@ -168,6 +173,16 @@ class Watch:
     def hung(self) -> bool:
         """Whether the runner has said nothing for too long."""
         return time.monotonic() - self.moved > self.settings.stall_seconds
+
+
+def _progress(line: bytes) -> dict[str, Any] | None:
+    """What a runner tells in a line; None where that is nothing, or where some library has printed."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        log.warning("a runner printed %r", line[:200])
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def _watch(watch: Watch, claim: Claim, stopping: Callable[[], bool]) -> None:

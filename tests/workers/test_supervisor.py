@@ -161,6 +161,27 @@ def test_a_hung_runner_is_killed_and_costs_an_attempt(
     assert "no progress" in job.error["detail"]
 
 
+def test_each_claim_of_a_worker_has_a_name_of_its_own_and_what_is_printed_does_no_harm(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the beats of the second claim would keep the leases of chunks that the first one's dead runner held."""
+    owners = list[str]()
+
+    def started(module: str, job_id: str, owner: str, fence: str) -> subprocess.Popen[bytes]:
+        owners.append(owner)
+        says = ["sh", "-c", 'echo "a library prints"; echo 7; echo "{\\"phase\\": \\"training\\"}"; sleep 1']
+        return subprocess.Popen(says, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    monkeypatch.setattr("workers.supervisor._started", started)
+    job_id = submit()
+    for _ in range(2):
+        assert supervise_next("worker", lambda: False)
+        assert read(job_id).progress == {"phase": "training"}
+        with transaction() as session:
+            session.execute(update(Job).values(lease_until=1.0))
+    assert len(set(owners)) == 2
+
+
 def test_nothing_outlives_a_killed_supervisor(submit: Callable[..., str], tmp_path: Path) -> None:
     job_id = submit(epochs=500)
     code = "from workers.supervisor import supervise_next; supervise_next('test', lambda: False)"
