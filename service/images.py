@@ -29,6 +29,8 @@ from service.archives import BROKEN, LIMITS, Files, Meter, open_files
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+CHUNK = 4096
+"""Images that are digested at a time."""
 FORMAT = 2
 """Part of the cache's key: grows when other arrays come out of the same files."""
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -90,8 +92,17 @@ def inspect(kind: str, path: str | None, data_root: Path) -> DatasetFacts:
     raise InvalidDataset(f"unknown kind of dataset {kind!r}; it must be digits, folder, archive or npz")
 
 
-def load(kind: str, path: str | None, data_root: Path, image_size: int, cache: Path) -> Images:
+def load(
+    kind: str,
+    path: str | None,
+    data_root: Path,
+    image_size: int,
+    cache: Path,
+    told: Callable[[], object] = lambda: None,
+) -> Images:
     """All images at one size, from the cache if they were decoded before.
+
+    `told` is called after every image that is decoded, which may take hours in all.
 
     Raises:
         InvalidDataset: the dataset cannot be read, or lies outside the data root.
@@ -100,7 +111,7 @@ def load(kind: str, path: str | None, data_root: Path, image_size: int, cache: P
     key = _key(kind, located, image_size)
     if not (cache / key).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        _build(cache, key, lambda folder: _decode(kind, located, image_size, folder))
+        _build(cache, key, lambda folder: _decode(kind, located, image_size, folder, told), told)
     classes = json.loads((cache / key / "classes.json").read_text())
     # Mapped copy-on-write: pages are read when they are used, and torch takes only arrays that could be written.
     arrays = {part: np.load(cache / key / f"{part}.npy", mmap_mode="c", allow_pickle=False) for part in PARTS}
@@ -196,20 +207,20 @@ def _split_of(folder: str) -> str:
     return "train" if name in TRAIN else "test" if name in TEST else "validation" if name in VALIDATION else ""
 
 
-def _decode(kind: str, path: Path | None, size: int, folder: Path) -> tuple[str, ...]:
+def _decode(kind: str, path: Path | None, size: int, folder: Path, told: Callable[[], object]) -> tuple[str, ...]:
     """Write the arrays of a dataset into a folder; returns the classes."""
     if kind in ("folder", "archive"):
         assert path is not None
-        return _decode_files(open_files(path), size, folder)
+        return _decode_files(open_files(path), size, folder, told)
     arrays = _digits() if path is None else _npz(path)
     for part, pixels in (("train_x", arrays.train_x), ("test_x", arrays.test_x)):
-        np.save(folder / f"{part}.npy", _resized(pixels, size), allow_pickle=False)
+        np.save(folder / f"{part}.npy", _resized(pixels, size, told), allow_pickle=False)
     np.save(folder / "train_y.npy", arrays.train_y, allow_pickle=False)
     np.save(folder / "test_y.npy", arrays.test_y, allow_pickle=False)
     return arrays.classes
 
 
-def _decode_files(files: Files, size: int, folder: Path) -> tuple[str, ...]:
+def _decode_files(files: Files, size: int, folder: Path, told: Callable[[], object]) -> tuple[str, ...]:
     """Decode image files into arrays that are mapped, in the order of the names, whatever order they are stored in."""
     plan = _plan(files.names())
     places: dict[str, tuple[np.memmap[Any, np.dtype[np.uint8]], int]] = {}
@@ -224,6 +235,7 @@ def _decode_files(files: Files, size: int, folder: Path) -> tuple[str, ...]:
         pixels, place = places[name]
         pixels[place] = _fitted(image, size, name)
         missing.discard(name)
+        told()
     if missing:
         raise InvalidDataset(f"{min(missing)!r} vanished while the dataset was read; read it again")
     for mapped in {id(array): array for array, _ in places.values()}.values():
@@ -256,11 +268,15 @@ def _fitted(image: Image.Image, size: int, name: str = "") -> Pixels:
         raise InvalidDataset(f"{name!r} is no image that can be read: {error}") from error
 
 
-def _resized(pixels: Pixels, size: int) -> Pixels:
+def _resized(pixels: Pixels, size: int, told: Callable[[], object]) -> Pixels:
     """Square images (n, ., ., 3) at another size."""
     if pixels.shape[1:3] == (size, size):
         return pixels
-    return np.stack([_fitted(Image.fromarray(image), size) for image in pixels])
+    resized = np.empty((len(pixels), size, size, 3), dtype=np.uint8)
+    for at, image in enumerate(pixels):
+        resized[at] = _fitted(Image.fromarray(image), size)
+        told()
+    return resized
 
 
 def _digits() -> Images:
@@ -352,7 +368,7 @@ def _key(kind: str, path: Path | None, size: int) -> str:
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]
 
 
-def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> None:
+def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]], told: Callable[[], object]) -> None:
     """Fill a folder beside its place and rename it; when another process was faster, its folder stands."""
     folder = Path(tempfile.mkdtemp(prefix=".decoding-", dir=cache))
     try:
@@ -361,7 +377,10 @@ def _build(cache: Path, key: str, decode: Callable[[Path], tuple[str, ...]]) -> 
         (folder / "classes.json").write_text(json.dumps(classes))
         digest = hashlib.sha256(json.dumps(classes).encode())
         for part in PARTS:
-            digest.update(np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False))
+            array = np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+            for start in range(0, len(array), CHUNK):
+                digest.update(array[start : start + CHUNK])
+                told()
         (folder / "digest").write_text(digest.hexdigest())
         for file in folder.iterdir():
             flush(file)

@@ -8,7 +8,7 @@ Letters: n images, s their side, b images of a batch.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,8 @@ Labels = npt.NDArray[np.int64]
 LARGEST_VALIDATION = 5
 """The sub-validation set is at most this part of the training set: a fifth."""
 CHUNK = 4096
+Told = Callable[[], object]
+"""Called whenever something has moved: a large dataset takes longer than a process may be silent."""
 HOST = torch.device("cpu")
 
 
@@ -44,10 +46,11 @@ class Normalisation:
     deviation: Tensor
 
     @classmethod
-    def of(cls, pixels: Tensor) -> "Normalisation":
+    def of(cls, pixels: Tensor, told: Told = lambda: None) -> "Normalisation":
         """Of images (n, s, s, 3), summed in integers, so that the result depends on no order."""
         total, squares, count = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 0
         for chunk in torch.split(pixels, CHUNK):
+            told()
             values = chunk.reshape(-1, 3).to(torch.int32)
             total += values.sum(dim=0, dtype=torch.int64)
             squares += (values * values).sum(dim=0, dtype=torch.int64)
@@ -72,12 +75,14 @@ class Batches:
     Args:
         flip: whether a mirrored image means the same.
         augment: whether training sees the images shifted and, where that is allowed, mirrored.
+        told: called before every batch of those that are read as they are.
     """
 
     def __init__(
         self, pixels: Tensor, labels: Tensor, indices: Tensor, normalise: Normalisation, flip: bool,
-        augment: bool = True,
+        augment: bool = True, told: Told = lambda: None,
     ) -> None:  # fmt: skip
+        self.told = told
         self._pixels, self._labels, self._indices = pixels, labels, indices
         self._normalise, self._flip, self._augment = normalise, flip, augment
         self._order = lru_cache(maxsize=1)(self._shuffled)
@@ -108,16 +113,20 @@ class Batches:
     def plain(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All images as they are, in their order, in batches of nearly equal size."""
         for chosen in self._indices.tensor_split(-(-len(self) // batch_size)):
+            self.told()
             yield self._on(*self._taken(chosen), device)
 
     def unaugmented(self) -> "Batches":
         """The same images, as they are in training too."""
-        return Batches(self._pixels, self._labels, self._indices, self._normalise, self._flip, augment=False)
+        return self._of(self._indices, augment=False)
 
     def sample(self, count: int, seed: int) -> "Batches":
         """A fixed random part of at most `count` images."""
         order = torch.randperm(len(self), generator=generator(seed, "sample"))[:count]
-        return Batches(self._pixels, self._labels, self._indices[order], self._normalise, self._flip)
+        return self._of(self._indices[order])
+
+    def _of(self, indices: Tensor, augment: bool = True) -> "Batches":
+        return Batches(self._pixels, self._labels, indices, self._normalise, self._flip, augment, self.told)
 
     def _shuffled(self, seed: int, epoch: int) -> Tensor:
         return self._indices[torch.randperm(len(self), generator=generator(seed, "shuffle", epoch))]
@@ -147,17 +156,18 @@ class Data:
 
 def prepare(
     train: tuple[Pixels, Labels], test: tuple[Pixels, Labels], classes: int, *, flip: bool, validation: int, seed: int,
-    device: torch.device = HOST,
+    device: torch.device = HOST, told: Told = lambda: None,
 ) -> Data:  # fmt: skip
     """A split dataset from images (n, s, s, 3) with labels (n,), for work on `device`.
 
-    `validation` images are split off the training set, at most a fifth of it, chosen by `seed`.
+    `validation` images are split off the training set, at most a fifth of it, chosen by `seed`; `told` is called
+    whenever something has moved, here and where images are read.
 
     Raises:
         InvalidDataset: too few training images to split.
     """
     (pixels, labels), (test_pixels, test_labels) = (tuple(map(torch.from_numpy, part)) for part in (train, test))
-    normalise = Normalisation.of(pixels).on(device)
+    normalise = Normalisation.of(pixels, told).on(device)
     kept, held = split(labels, min(validation, len(labels) // LARGEST_VALIDATION), seed)
     if not len(held) or not len(kept):
         raise InvalidDataset(f"{len(labels)} training images are too few for a search; at least 10 are needed")
@@ -166,11 +176,11 @@ def prepare(
     pixels, labels, test_pixels, test_labels = (one.to(where) for one in (pixels, labels, test_pixels, test_labels))
 
     def part(indices: Tensor) -> Batches:
-        return Batches(pixels, labels, indices, normalise, flip)
+        return Batches(pixels, labels, indices, normalise, flip, told=told)
 
     return Data(
         classes, pixels.shape[1], part(torch.arange(len(labels))), part(kept), part(held),
-        Batches(test_pixels, test_labels, torch.arange(len(test_labels)), normalise, flip),
+        Batches(test_pixels, test_labels, torch.arange(len(test_labels)), normalise, flip, told=told),
     )  # fmt: skip
 
 

@@ -81,7 +81,9 @@ class Kept:
         """As `Batches.plain`."""
         if (batch_size, device) not in self._made:
             self._made = {(batch_size, device): list(self._batches.plain(batch_size, device))}
-        return iter(self._made[batch_size, device])
+        for batch in self._made[batch_size, device]:
+            self._batches.told()
+            yield batch
 
 
 def kept(batches: Batches, size: int) -> Images:

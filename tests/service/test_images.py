@@ -86,6 +86,19 @@ def test_folder_zip_and_tar_give_the_same_arrays(tmp_path: Path) -> None:
         assert images.inspect(kind, path, tmp_path) == images.DatasetFacts(CLASSES, 20, 20, 8)
 
 
+@pytest.mark.parametrize("size", [8, 16])
+def test_decoding_says_that_it_goes_on(tmp_path: Path, size: int) -> None:
+    written(tmp_path / "set", tree())
+    pixels = np.zeros((30, 8, 8), dtype=np.uint8)
+    labels = np.arange(30) % 2
+    np.savez(tmp_path / "a.npz", train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels)
+    for kind, path, fitted in (("folder", "set", 40), ("npz", "a.npz", 60 if size == 16 else 0)):
+        said = list[int]()
+        for _ in ("decoded", "mapped"):
+            images.load(kind, path, tmp_path, size, tmp_path / "cache", lambda said=said: said.append(1))
+            assert len(said) == fitted + len(images.PARTS)
+
+
 def test_without_a_split_a_fifth_of_every_class_is_tested(tmp_path: Path) -> None:
     zipped(tmp_path / "a.zip", tree(split=False))
     loaded = images.load("archive", "a.zip", tmp_path, 8, tmp_path / "cache")

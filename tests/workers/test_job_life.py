@@ -254,6 +254,28 @@ def test_a_pruning_net_of_another_code_of_other_images_or_another_band_is_not_ta
     ]  # fmt: skip
 
 
+def test_whatever_takes_long_with_many_images_says_that_it_goes_on(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the supervisor takes it for hung, and a large dataset can never be trained on."""
+    said, decoding, load = list[object](), list[object](), images.load
+
+    class Counting(Console):
+        def say(self, progress: dict[str, Any] | None = None) -> None:
+            said.append(progress)
+
+    def loaded(*about: Any) -> images.Images:
+        decoding.append(about[-1])
+        return load(*about)
+
+    monkeypatch.setattr(images, "load", loaded)
+    console = Counting()
+    job = run(submit(flops_bound(0.4), search={"generations": 1, "population": 6}), console=console)
+    assert job.state is JobState.SUCCEEDED
+    assert decoding == [console.say]
+    assert said.count(None) > 6, "every pass over images of every candidate"
+
+
 def test_a_pruning_net_of_another_environment_makes_a_job_not_reproducible(
     world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

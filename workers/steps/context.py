@@ -112,7 +112,9 @@ class Context:
     def loaded(self) -> images.Images:
         """The dataset's images, mapped."""
         dataset, settings = self.dataset, self.settings
-        return images.load(dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache")
+        return images.load(
+            dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache", self.console.say
+        )
 
     @cached_property
     def data(self) -> Data:
@@ -122,7 +124,7 @@ class Context:
         return prepare(
             (loaded.train_x, loaded.train_y), (loaded.test_x, loaded.test_y), len(loaded.classes),
             flip=self.dataset.kind != "digits", validation=self.spec.training.validation_images, seed=self.spec.seed,
-            device=self.device,
+            device=self.device, told=self.console.say,
         )  # fmt: skip
 
     @property
