@@ -175,6 +175,8 @@ class JobRequest(Model):
             raise ValueError("every method can be named once")
         if "metapruning" not in methods and (self.objective == "front" or self.fidelity.structures):
             raise ValueError("fronts and fidelity belong to the method metapruning")
+        if self.objective == "front" and self.method != "metapruning":
+            raise ValueError("a front is metapruning's: make that the method, and compare with the others")
         unstructured = [method for method in methods if method in UNSTRUCTURED]
         bound = self.constraints[0]
         if unstructured and (len(self.constraints) > 1 or bound.metric == "latency" or bound.min):

@@ -97,6 +97,7 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
         ({"method": "interspace", "constraints": [{"metric": "flops", "max": 9**6, "min": 5}]}, "one upper bound"),
         ({"method": "magnitude", "compare_with": ["magnitude"]}, "named once"),
         ({"method": "collaborative", "objective": "front"}, "metapruning"),
+        ({"method": "collaborative", "compare_with": ["metapruning"], "objective": "front"}, "make that the method"),
         ({"method": "collaborative", "collaborative": {"ranking": "l1", "allocation": "global"}}, "layerwise"),
         ({"method": "magnitude", "magnitude": {"scan": True, "qualities": {"block1": 1.0}}}, "not both"),
         ({"method": "interspace", "constraints": [{"metric": "parameters", "max": 3}]}, "parameters"),

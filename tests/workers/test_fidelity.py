@@ -248,10 +248,15 @@ def test_structures_are_distinct_of_the_budget_and_drawn_by_the_seed_alone() -> 
 @SQLITE
 def test_a_recipe_names_all_that_decides() -> None:
     def context(**changes: Any) -> Any:
-        facts = {"environment": {"torch": torch.__version__, "threads": 1}, "space": SPACE, "seed": 0, "images": "d"}
+        facts = {
+            "environment": {"torch": torch.__version__, "threads": 1},
+            "space": SPACE,
+            "seed": 0,
+            "seen": ("d", True),
+        }
         facts |= changes
         return SimpleNamespace(
-            environment=facts["environment"], space=facts["space"], loaded=SimpleNamespace(digest=facts["images"]),
+            environment=facts["environment"], space=facts["space"], seen=facts["seen"],
             spec=SimpleNamespace(seed=facts["seed"]),
         )  # fmt: skip
 
@@ -261,7 +266,8 @@ def test_a_recipe_names_all_that_decides() -> None:
     recipes = [
         recipe(context(), largest, settings), recipe(context(), smallest, settings),
         recipe(context(), largest, replace(settings, epochs=3)), recipe(context(seed=1), largest, settings),
-        recipe(context(images="e"), largest, settings), recipe(context(space=other_space), largest, settings),
+        recipe(context(seen=("e", True)), largest, settings), recipe(context(seen=("d", False)), largest, settings),
+        recipe(context(space=other_space), largest, settings),
         recipe(context(environment={"torch": torch.__version__, "threads": 2}), largest, settings),
     ]  # fmt: skip
     assert len(set(recipes)) == len(recipes)

@@ -364,6 +364,14 @@ def test_bounds_that_contradict_each_other_end_a_job_before_anything_is_trained(
     assert read(job_id).state is JobState.PROFILING
 
 
+def test_a_range_that_holds_no_structure_ends_a_job_before_anything_is_trained(world: None) -> None:
+    between = flops(SPACE.layers(SPACE.channels(SPACE.smallest))) + 1
+    job_id = submit({"metric": "flops", "min": between, "max": between})
+    with pytest.raises(NothingFeasible):
+        run(job_id)
+    assert read(job_id).state is JobState.PROFILING
+
+
 def test_a_former_jobs_winner_is_the_one_of_its_result(world: None) -> None:
     bench = Bench(lambda purpose: 1.15 if purpose.startswith("verify") and purpose.endswith("-0") else 1.0)
     job = run(submit(latency_bound(0.5)), bench)

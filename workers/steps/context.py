@@ -116,6 +116,16 @@ class Context:
             dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache", self.console.say
         )
 
+    @property
+    def flips(self) -> bool:
+        """Whether a mirrored image means the same."""
+        return self.dataset.kind != "digits"
+
+    @property
+    def seen(self) -> tuple[str, bool]:
+        """What decides which images a training sees: their digest, and whether they may be mirrored."""
+        return self.loaded.digest, self.flips
+
     @cached_property
     def data(self) -> Data:
         """The dataset, split for the search."""
@@ -123,7 +133,7 @@ class Context:
         assert self.spec.training.validation_images is not None
         return prepare(
             (loaded.train_x, loaded.train_y), (loaded.test_x, loaded.test_y), len(loaded.classes),
-            flip=self.dataset.kind != "digits", validation=self.spec.training.validation_images, seed=self.spec.seed,
+            flip=self.flips, validation=self.spec.training.validation_images, seed=self.spec.seed,
             device=self.device, told=self.console.say,
         )  # fmt: skip
 

@@ -184,7 +184,8 @@ def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
         NothingFeasible: no structure is found that satisfies all constraints together.
     """
     budget, warnings = _budget(context, job, memory)
-    if METAPRUNING in context.spec.methods and len(context.constraints) > 1 and budget.empty(context.spec.seed):
+    doubtful = len(context.constraints) > 1 or any(bound.minimum for bound in context.constraints)
+    if METAPRUNING in context.spec.methods and doubtful and budget.empty(context.spec.seed):
         raise NothingFeasible
     memory["flops"] = flops(context.space.layers(budget.uniform()))
     if context.spec.search.repair and any(bound.metric is not Metric.FLOPS for bound in context.constraints):

@@ -35,7 +35,7 @@ CODE = _code()
 def recipe(context: "Context", channels: Sequence[int], settings: TrainingSettings) -> str:
     """Digest of environment, structure, images, settings and seed of a training on the whole training set."""
     parts = [
-        context.environment, context.space.digest(channels), context.loaded.digest, asdict(settings),
+        context.environment, context.space.digest(channels), context.seen, asdict(settings),
         context.spec.seed,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -131,7 +131,7 @@ def _scorer(context: Context, job: Job) -> Scorer:
 def _family(context: Context) -> str:
     """All that determines a PruningNet but the FLOPs of its band, and the machine that trains it."""
     training, seed = context.spec.training.model_dump(), context.spec.seed
-    return _digest([CODE, context.space.key, context.loaded.digest, training, seed])
+    return _digest([CODE, context.space.key, context.seen, training, seed])
 
 
 def _band(context: Context, job: Job) -> tuple[float, float]:
