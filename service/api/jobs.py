@@ -146,7 +146,8 @@ async def events(
 ) -> AsyncIterator[ServerSentEvent]:
     """What happens in the job, as server-sent events, from the beginning until it has ended.
 
-    Kinds: `state`; `progress`; `sounding` (by latency: the correction of its prices, and the margin that is kept);
+    Kinds: `state`; `progress`, of which only the newest is kept; `sounding` (by latency: the correction of its
+    prices, and the margin that is kept);
     `generation`, a summary of each; `finalist`, what a short training has come to; `warning`.
     """
     seen, ended = last_event_id, False

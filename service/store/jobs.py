@@ -101,7 +101,11 @@ def generations(session: Session, job_id: str) -> list[dict[str, Any]]:
 
 
 def add_event(session: Session, job_id: str, kind: str, data: dict[str, Any]) -> None:
-    """Leave an event in the same transaction as the change that it tells of."""
+    """Leave an event in the same transaction as the change that it tells of.
+
+    One transaction at a time leaves events of a job: whoever follows it never sees a number before a lower one.
+    """
+    session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
     session.add(JobEvent(job_id=job_id, kind=kind, data=data))
 
 
@@ -153,14 +157,18 @@ def _take(session: Session, job_id: str, owner: str, lease_seconds: float) -> Cl
 def beat(session: Session, claim: Claim, lease_seconds: float, progress: dict[str, Any] | None = None) -> bool:
     """Renew the lease, store progress; True when the job shall be cancelled.
 
+    Of `progress` events the newest is kept: a job of days would leave hundreds of thousands.
+
     Raises:
         LeaseLost: the claim does not hold any more.
     """
     values: dict[str, Any] = {"lease_until": now() + lease_seconds}
-    if progress is not None:
-        values["progress"] = progress
-        add_event(session, claim.job_id, "progress", progress)
-    return _write(session, claim, values).cancel_requested_at is not None
+    if progress is None:
+        return _write(session, claim, values).cancel_requested_at is not None
+    job = _write(session, claim, values | {"progress": progress})
+    session.execute(delete(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "progress"))
+    add_event(session, job.id, "progress", progress)
+    return job.cancel_requested_at is not None
 
 
 def load(session: Session, claim: Claim) -> Job:

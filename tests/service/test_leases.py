@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -168,6 +169,38 @@ def keep_checkpoint(held: Claim, content: bytes) -> Path:
         blobs.register(session, sha256)
         jobs.save_step(session, held, memory={"checkpoint": {"sha256": sha256, "counters": {}}})
     return path
+
+
+def told(job_id: str) -> list[tuple[str, Any]]:
+    with transaction() as session:
+        return [(event.kind, event.data) for event in jobs.events_after(session, job_id, 0)]
+
+
+def test_of_progress_only_the_newest_is_kept(submit: Callable[[], str]) -> None:
+    job_id, other = submit(), submit()
+    held, others = take(), take("b")
+    jobs_call(jobs.beat, others, LEASE, {"done": 7})
+    for done in range(3):
+        jobs_call(jobs.beat, held, LEASE, {"done": done})
+        jobs_call(jobs.beat, held, LEASE)
+    assert told(job_id) == [("state", {"state": "queued"}), ("progress", {"done": 2})]
+    assert told(other)[1:] == [("progress", {"done": 7})]
+    assert read(job_id).progress == {"done": 2}
+
+
+def test_events_of_a_job_are_left_one_after_the_other(submit: Callable[[], str]) -> None:
+    """A follower that has seen one number would never ask for a lower one that is committed later."""
+    job_id = submit()
+    held = take()
+    beats = Thread(target=jobs_call, args=(jobs.beat, held, LEASE, {"done": 1}))
+    with transaction() as session:
+        jobs.add_event(session, job_id, "warning", {})
+        session.flush()
+        beats.start()
+        beats.join(0.5)
+        assert beats.is_alive(), "it waits"
+    beats.join(30)
+    assert [kind for kind, _ in told(job_id)] == ["state", "warning", "progress"]
 
 
 @pytest.mark.parametrize("end", ["cancelled", "failed", "its file is lost"])
