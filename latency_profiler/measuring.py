@@ -25,7 +25,7 @@ from latency_profiler.device import conditions
 from latency_profiler.errors import InvalidInput, MeasurementFailed, NoMeasuringProcess
 from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Node
-from latency_profiler.reference import Reference, reference_of
+from latency_profiler.reference import Reference, Speed, reference_of
 from latency_profiler.runtimes.base import Runtime
 from latency_profiler.timing import DIGITS, LAYER, NETWORK, TAIL, Pace, Series, Stopwatch, Timing, interleave
 from latency_profiler.yardstick import Yardstick
@@ -148,17 +148,17 @@ def measure_group(
     pairs = [one for one in loaded if isinstance(one, Difference)]
     frames = (one.rest for one in pairs if one.rest is not None and one.rest is not empty)
     effort = max((one.whole.effort for one in pairs), key=lambda effort: effort.least, default=LAYER)
-    beside = reference and reference.series(effort)
-    series = [empty, *(one.whole for one in pairs), *frames, *([beside] if beside else ())]
+    beside = reference.series(effort) if reference else []
+    series = [empty, *(one.whole for one in pairs), *frames, *beside]
     interleave(series, np.random.default_rng(seed), yardstick, advanced)
     about: Json = {"runtime": f"{runtime.name} {runtime.version}", "yardstick": yardstick and yardstick.best}
-    if reference and beside:
-        try:
-            took = beside.timing()
-        except MeasurementFailed as error:
-            return [failure(item, f"the reference failed: {error}") for item in items]
-        about |= {"reference": took.median, "speed": reference.speed(took)}
-    return [_result(item, one, empty, about) for item, one in zip(items, loaded, strict=True)]
+    try:
+        took = [one.timing() for one in beside]
+    except MeasurementFailed as error:
+        return [failure(item, f"the reference failed: {error}") for item in items]
+    speed = reference.speed(took) if reference else None
+    about |= {"reference": [one.median for one in took]} if took else {}
+    return [_result(item, one, empty, about, speed) for item, one in zip(items, loaded, strict=True)]
 
 
 def failure(item: Json, reason: str) -> Json:
@@ -245,7 +245,9 @@ def _nodes(payload: Json) -> list[Node]:
     ]
 
 
-def _result(item: Json, measured: Difference | Exception, empty: Series, about: Json) -> Json:
+def _result(
+    item: Json, measured: Difference | Exception, empty: Series, about: Json, machine: Speed | None
+) -> Json:  # fmt: skip
     if isinstance(measured, Exception):
         return failure(item, f"{type(measured).__name__}: {measured}")
     try:
@@ -253,7 +255,7 @@ def _result(item: Json, measured: Difference | Exception, empty: Series, about: 
         rest = None if measured.rest is None else measured.rest.timing()
     except MeasurementFailed as error:
         return failure(item, str(error))
-    speed = 1.0 if item["kind"] == "canary" else about.get("speed", 1.0)
+    speed = 1.0 if machine is None or item["kind"] == "canary" else machine.of(whole.median)
     about = conditions() | about | {"speed": speed, "empty_run": speed * nothing.median}
     whole, rest = whole.at(speed), rest and rest.at(speed)
     return {name: item[name] for name in ("work_id", "kind", "key")} | _figures(whole, rest, about)

@@ -1,11 +1,14 @@
-"""How fast a machine is just now, told by a network that never changes.
+"""How fast a machine is just now, told by two networks that never change.
 
 In moments when the yardstick finds nothing amiss, a machine that others share is still some percent slower for minutes,
 with everything it runs: caches are shared, and so are the units that fetch instructions. Eight networks that were
 measured again and again differed by 5.8 % (PyTorch) and 5.5 % (ONNX Runtime); their ratios to a ninth one, which ran
-between them, by 2.2 and 1.8 %. So one network is timed between all that is measured at the same time, and what is
-measured counts as long as it takes while that network takes what it usually takes. Raw values stay as they were.
+between them, by 2.2 and 1.8 %. So networks that never change are timed between all that is measured at the same time,
+and what is measured counts as long as it takes while those take what they usually take. Raw values stay as they were.
 What is usual outlives the process: a winner may be measured days after its table, by another process.
+
+They are two, since what is mostly a runtime's overhead slows down less than what computes: small networks of PyTorch's
+differed by 4.9 %, their ratios to the large reference by 6.4 %, to what both say at their size by 3.1 %.
 """
 
 import json
@@ -13,8 +16,12 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 from latency_profiler.durable import save
 from latency_profiler.runtimes.base import Runtime
@@ -30,32 +37,47 @@ SAVING_SECONDS = 10.0
 log = logging.getLogger("secateurs.agent")
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of a machine, as shares of its usual one (below 1 where it is slow now), by how long something usually takes."""
+
+    seconds: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    def of(self, seconds: float) -> float:
+        """For what takes so long: between the references in proportion, beyond them as for the nearest one."""
+        return float(np.exp(np.interp(seconds, self.seconds, np.log(self.shares))))
+
+
 class Reference:
-    """A network that is timed beside all others, and the seconds that it took so far.
+    """Networks that are timed beside all others, and the seconds that they took so far.
 
     Args:
-        subject: the network.
+        subjects: the networks, each slower than the one before.
         clock: tells which readings are of now.
         file: keeps the readings for the next process that measures here; None is nowhere.
     """
 
-    def __init__(self, subject: Subject, clock: Clock = time.monotonic, file: Path | None = None) -> None:
-        self._subject, self._clock, self._file = subject, clock, file
-        before = _kept(file) if file else []
-        self._readings: deque[tuple[float, float]] = deque(((-math.inf, one) for one in before), maxlen=MEMORY)
+    def __init__(self, subjects: Sequence[Subject], clock: Clock = time.monotonic, file: Path | None = None) -> None:
+        self._subjects, self._clock, self._file = subjects, clock, file
+        before = _kept(file, len(subjects)) if file else []
+        self._readings: deque[tuple[float, tuple[float, ...]]] = deque(
+            ((-math.inf, one) for one in before), maxlen=MEMORY
+        )
         self._saved = -math.inf
 
-    def series(self, effort: Effort) -> Series:
-        """A new series of it."""
-        return Series(self._subject, effort)
+    def series(self, effort: Effort) -> list[Series]:
+        """New series of them."""
+        return [Series(subject, effort) for subject in self._subjects]
 
-    def speed(self, timing: Timing) -> float:
-        """The machine's, as a share of its usual one: below 1 where it is slow now."""
+    def speed(self, timings: Sequence[Timing]) -> Speed:
+        """The machine's, after these series."""
         at = self._clock()
-        self._readings.append((at, timing.median))
+        self._readings.append((at, tuple(timing.median for timing in timings)))
         self._keep(at)
-        now = median(seconds for read, seconds in self._readings if at - read <= NOW)
-        return median(seconds for _, seconds in self._readings) / now
+        usual = _medians([seconds for _, seconds in self._readings])
+        now = _medians([seconds for read, seconds in self._readings if at - read <= NOW])
+        return Speed(usual, tuple(before / taken for before, taken in zip(usual, now, strict=True)))
 
     def _keep(self, at: float) -> None:
         if self._file is None or at - self._saved < SAVING_SECONDS:
@@ -67,11 +89,17 @@ class Reference:
             log.warning("how fast this machine usually is cannot be kept for later: %s", error)
 
 
-def _kept(file: Path) -> list[float]:
+def _medians(readings: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(map(median, zip(*readings, strict=True)))
+
+
+def _kept(file: Path, count: int) -> list[tuple[float, ...]]:
     """The readings of a former process; none where there was none, or where they cannot be read."""
     try:
-        found = json.loads(file.read_bytes())
-        return [seconds for seconds in map(float, found) if 0 < seconds < math.inf]
+        found = [tuple(map(float, one)) for one in json.loads(file.read_bytes())]
+        if not all(len(one) == count and all(0 < seconds < math.inf for seconds in one) for one in found):
+            raise ValueError(f"not {count} times each")
+        return found
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:
@@ -87,8 +115,9 @@ def reference_of(runtime: Runtime, file: Path | None = None) -> Reference | None
     if not isinstance(runtime.empty_run(), Stopwatch):
         return None
     space = get_space("mobilenet_v1", 32, 0.5, 10)
+    ends = (space.smallest, space.largest)
     try:
-        return Reference(runtime.load_network(space.nodes(space.channels(space.largest))), file=file)
+        return Reference([runtime.load_network(space.nodes(space.channels(end))) for end in ends], file=file)
     except Exception as error:  # runtimes raise whatever they like
         log.warning("measuring without a reference, which %s cannot load: %s", runtime.name, error)
         return None
