@@ -124,7 +124,9 @@ def test_what_is_usual_outlives_the_process(tmp_path: Path) -> None:
     assert [read(later, machine) for _ in range(4)] == pytest.approx([0.8] * 4)
     machine.now += 2 * SAVING_SECONDS
     read(later, machine)
-    assert [seconds for [seconds] in json.loads(file.read_bytes())] == pytest.approx([NETWORK_SECONDS] * 5 + [1.25 * NETWORK_SECONDS] * 5)
+    assert [seconds for [seconds] in json.loads(file.read_bytes())] == pytest.approx(
+        [NETWORK_SECONDS] * 5 + [1.25 * NETWORK_SECONDS] * 5
+    )
 
 
 @pytest.mark.parametrize(
