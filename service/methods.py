@@ -14,7 +14,7 @@ Method = Literal["metapruning", "collaborative", "magnitude", "interspace"]
 UNSTRUCTURED: frozenset[Method] = frozenset({"magnitude", "interspace"})
 """They prune single weights: a bound on parameters or flops bounds what is kept, and no latency changes."""
 Share = Annotated[float, Field(gt=0, lt=1)]
-Images = Annotated[int, Field(ge=1, le=1_000_000)]
+Images = Annotated[int, Field(ge=2, le=1_000_000)]
 Rounds = Annotated[int, Field(ge=1, le=1000)]
 Epochs = Annotated[int, Field(ge=1, le=1000)]
 
@@ -34,7 +34,7 @@ class CollaborativeSpec(Model):
     order: Literal["one_shot", "sequential"] = "one_shot"
     images: Annotated[int, Field(ge=16, le=1_000_000)] = 2048
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 128
-    recalibration_images: Annotated[int, Field(ge=0, le=1_000_000)] = 512
+    recalibration_images: Literal[0] | Annotated[int, Field(ge=16, le=1_000_000)] = 512
     auxiliaries: Annotated[int, Field(ge=0, le=20)] = 0
     auxiliary_weight: Annotated[float, Field(gt=0, le=10)] = 0.3
     auxiliary_epochs: Epochs = 1

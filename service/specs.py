@@ -184,6 +184,11 @@ class JobRequest(Model):
                 f"{unstructured[0]} prunes single weights, which changes no latency: give one upper bound, on the "
                 "parameters or flops that are kept"
             )
+        held = self.magnitude.scan or self.magnitude.tolerance is not None
+        if self.start and "magnitude" in methods and held:
+            raise ValueError(
+                "start: the winner was trained on the images that magnitude's scan and tolerance judge by; leave it out"
+            )
         return self
 
     @property

@@ -21,7 +21,7 @@ from workers.sampling import Genes, fill, least_choices, numpy_generator, repair
 Floats = npt.NDArray[np.float64]
 UNIFORM = 4096
 """Encodings of uniform genes among which feasible ones are looked for."""
-ROUNDS, DRAWN = 100, 64
+ROUNDS, DRAWN = 30, 64
 """How often, and how many, structures are drawn until a budget counts as empty."""
 CROWD = 3
 """An enumeration holds so many times the structures that it looks for before it gives up."""
@@ -76,7 +76,7 @@ class Budget:
         smallest, largest = float(rungs.min()), float(rungs.max())
         least = least_share * min(1.0, float(rungs[-1]))
         self.least = 0.0 if self._fills else least  # what is filled is as near as its widths allow
-        self._floor = max(self.least, smallest, *(c.minimum / c.maximum for c in constraints))
+        self._floor = max(self.least, min(1.0, smallest), *(c.minimum / c.maximum for c in constraints))
         self._band = max(least, self._floor), min(1.0, largest)
         self._check(ladder)
 
@@ -121,7 +121,7 @@ class Budget:
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
 
     def empty(self, seed: int) -> bool:
-        """Whether no feasible structure is found, drawn or enumerated, with as much effort as a search begins with."""
+        """Whether no feasible structure is found, drawn (a third as often as a search tries to) or enumerated."""
         draws = (self.sample(DRAWN, numpy_generator(seed, "empty", at)) for at in range(ROUNDS))
         if any(map(len, draws)):
             return False

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
@@ -96,7 +95,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 class _Relu6(torch.autograd.Function):
-    """`hardtanh_(x, 0, 6)`, which would keep a copy of x for its gradient, though the output tells as much."""
+    """`hardtanh_(x, 0, 6)`, which would keep a copy of x for its gradient, though the output tells as much.
+
+    It can be differentiated twice, which GraSP needs: torch leaves a function that cannot be out of it silently.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -105,7 +107,6 @@ class _Relu6(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         moved: Tensor = torch.ops.aten.hardtanh_backward(gradients[0], *ctx.saved_tensors, 0.0, 6.0)
         return moved

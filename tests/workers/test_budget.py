@@ -257,6 +257,18 @@ def of_odd(share: float, fills: bool = True) -> Budget:
     return Budget(SPACE, [Constraint(Metric.LATENCY, share * whole, device="odd")], {"odd": table}, {}, 0.97, fills)
 
 
+@pytest.mark.parametrize("fills", [True, False])
+def test_bounds_that_no_structure_of_the_ladder_holds_together_are_searched_all_the_same(fills: bool) -> None:
+    """What is fast there is wide, and what has few multiply-adds is slow: each bound alone can be held."""
+    table, model = odd(SPACE), LatencyModel(odd(SPACE), SPACE)
+    fastest = table.price(SPACE, SPACE.channels(model.fastest)).seconds
+    fewest = flops(SPACE.layers(SPACE.channels(SPACE.smallest)))
+    bounds = [Constraint(Metric.FLOPS, 1.05 * fewest), Constraint(Metric.LATENCY, 1.02 * fastest, device="odd")]
+    budget = Budget(SPACE, bounds, {"odd": table}, {}, fills=fills)
+    assert budget.tightness(np.array(SPACE.ladder)).min() > 1
+    assert len(budget.sample(4, numpy_generator(0, "joint"))) == 0
+
+
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_within_milliseconds_structures_are_as_wide_as_is_free(share: float) -> None:
     filled, plain = of_odd(share), of_odd(share, fills=False)

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
+from latency_profiler.layers import Activation
 from latency_profiler.spaces.registry import get_space
 from workers.datasets import Data, generator
+from workers.networks import activate
 from workers.pruners import scores
 from workers.pruners.allowance import Allowance
 from workers.pruners.filter_bases import Bases, InterspaceNetwork
@@ -95,6 +97,17 @@ def test_grasp_is_a_difference_of_gradients(name: str) -> None:
     assert torch.linalg.vector_norm(ours - expected) < 1e-3 * torch.linalg.vector_norm(expected)
 
 
+@pytest.mark.parametrize("activation", list(Activation))
+def test_grasp_sees_the_curvature_behind_every_activation(activation: Activation) -> None:
+    """In MobileNetV2 whose kinks are too near for differences: one layer, on either side of them."""
+    x = torch.tensor([-1.0, 0.5, 3.0, 7.0], dtype=torch.float64, requires_grad=True)
+
+    def curved(x: Tensor) -> Tensor:
+        return activate(x**2 - 0.5, activation).pow(3)
+
+    assert torch.autograd.gradgradcheck(curved, (x,))
+
+
 def test_grasp_removes_the_largest_of_its_published_score() -> None:
     network = made("vgg16")
     found = scores.grasp(network, images(), LABELS, 200.0, 1)
@@ -144,6 +157,12 @@ def test_synflow_removes_no_whole_layer(bases: Bases) -> None:
     assert min(counts) > 0
     assert sum(counts) == kept
     assert min(pruned(1)) == 0
+
+
+def test_synflow_sees_through_bounded_activations() -> None:
+    """An image of ones and absolute weights reach a ReLU6's bound, where nothing of the layers before would count."""
+    found = scores.synflow(made("mobilenet_v2"))
+    assert [name for name, score in found.items() if not score.any()] == []
 
 
 def test_synflow_of_a_deep_network_does_not_overflow() -> None:

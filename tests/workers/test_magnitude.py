@@ -184,6 +184,8 @@ def test_a_run_that_no_longer_holds_keeps_the_last_round_that_did(data: Data) ->
     assert all(one.accuracy >= dense.accuracy - 0.1 - 1e-9 for one in run.judged[:-1])
     outcome = run.outcome()
     assert m.kept(outcome.masks) == run.judged[-2].kept > last.kept
+    assert run.judged[run.held] == run.judged[-2]
+    assert run.counters()["held"] == run.held == len(run.judged) - 2
     with pytest.raises(BudgetMissed, match=f"{run.judged[-2].kept:,}, above the budget of {last.kept}") as missed:
         ran(LENET, data, replace(run.pruning, goal=Growth(0.1, 1.0, Budget("parameters", last.kept)))).outcome()
     assert (missed.value.asked, missed.value.reached) == (last.kept, run.judged[-2].kept)

@@ -78,6 +78,7 @@ class CollaborativePruner:
         self._totals = [self._total(step) for step in self._plan]
         self.total = sum(self._totals)
         self.judged: list[Judgement] = []
+        self.held = -1
         self.choices: dict[int, Choice] = {}
         """By slot index; channels are numbered as in the trained network."""
         self._place = 0

@@ -68,6 +68,7 @@ class InterspaceTrainer(Trainer):
         self.round = 0
         """Masks behind; 0 is the dense network."""
         self.judged: list[Judgement] = []
+        self.held = -1
         self._started = 0
         """Rounds of pruning at the beginning that are behind."""
         self._rounds_at_start = options.rounds_at_start(self._trained)

@@ -70,6 +70,7 @@ class MagnitudePruner(Trainer):
         self._best_masks = _copied(self.masks)
         self._descent: MaskedDescent | None = None
         self.judged: list[Judgement] = []
+        self.held = -1
         self.points: list[sensitivity.Point] = []
         """Of the scan."""
         self.emptied: list[str] = []
@@ -132,7 +133,7 @@ class MagnitudePruner(Trainer):
         return super().counters() | {
             "total": self.total, "judged": [asdict(one) for one in self.judged],
             "points": [asdict(one) for one in self.points], "emptied": self.emptied, "initial": self._initial,
-            "notes": self._notes,
+            "notes": self._notes, "held": self.held,
         }  # fmt: skip
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
@@ -149,6 +150,7 @@ class MagnitudePruner(Trainer):
     def _resume(self, counters: Mapping[str, Any]) -> None:
         self.done, self.total = counters["done"], counters["total"]
         self.judged = [Judgement(**{**row, "channels": tuple(row["channels"])}) for row in counters["judged"]]
+        self.held = counters.get("held", -1)
         self.points = [sensitivity.Point(**row) for row in counters["points"]]
         self.emptied, self._notes = list(counters["emptied"]), list(counters["notes"])
         self._initial = dict(counters["initial"])
@@ -276,6 +278,7 @@ class MagnitudePruner(Trainer):
         if self._holds():
             _copy(self.network.state_dict(), self._best)
             _copy(self.masks, self._best_masks)
+            self.held = len(self.judged) - 1
         else:
             self.total = self.done + 1
 

@@ -7,12 +7,14 @@ Letters: theta an entry, L the cross entropy of a batch, g its gradient, H its H
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from latency_profiler.errors import InvalidInput
+from latency_profiler.layers import Activation, Node
 from workers.datasets import Batches, generator
 from workers.evaluation import BATCH
 from workers.pruners.filter_bases import InterspaceNetwork
@@ -64,12 +66,14 @@ def synflow(network: InterspaceNetwork) -> Scores:
     """|theta dR/dtheta|, R the sum of outputs for an image of ones, every value of the state taken absolute.
 
     The state includes bases and batch norms' statistics (Tanaka et al. 2020, algorithm 1, and the authors' code). In
-    double precision: R grows with the product of all layers' widths.
+    double precision: R grows with the product of all layers' widths. Without the bound of a ReLU6, which every layer
+    but the first would reach: nothing would flow.
 
     Raises:
         InvalidInput: the network is so deep that R overflows.
     """
     twin = network.twin(torch.float64).eval()
+    twin.nodes = tuple(map(_unbounded, twin.nodes))
     with torch.no_grad():
         for tensor in twin.state_dict().values():
             tensor.abs_()
@@ -79,6 +83,11 @@ def synflow(network: InterspaceNetwork) -> Scores:
         raise InvalidInput("SynFlow cannot score a network so deep and wide: the product of its layers overflows")
     gradients = torch.autograd.grad(output, list(theta.values()))
     return {name: product.abs() for name, product in _times(theta, gradients).items()}
+
+
+def _unbounded(node: Node) -> Node:
+    bounded = node.layer.activation is Activation.RELU6
+    return replace(node, layer=replace(node.layer, activation=Activation.RELU)) if bounded else node
 
 
 @torch.no_grad()

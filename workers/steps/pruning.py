@@ -36,6 +36,8 @@ class Pruner(Protocol):
     """What the methods have in common: shaped like a trainer."""
 
     judged: list[Judgement]
+    held: int
+    """Which of them is of the outcome."""
     done: int
     total: int
 
@@ -125,7 +127,8 @@ def _finish(context: Context, job: Job, method: Method, pruner: Any) -> None:
         "model": checkpoints.write_blob(context.settings.blobs, model),
         "masks": checkpoints.save(context.settings.blobs, found.masks) if found.masks else None,
     }
-    winner = turns.trial(context, Role.WINNER, method, network.channels, proxy=pruner.judged[-1].accuracy)
+    proxy = pruner.judged[pruner.held].accuracy
+    winner = turns.trial(context, Role.WINNER, method, network.channels, proxy=proxy)
     with transaction() as session:
         for sha256 in filter(None, files.values()):
             blobs.register(session, sha256)
@@ -133,7 +136,7 @@ def _finish(context: Context, job: Job, method: Method, pruner: Any) -> None:
         if results.find(session, job.id, winner["structure_id"], Role.WINNER, method) is None:
             results.record(
                 session, job, context.space, network.channels, Role.WINNER, method=method, rank=0,
-                proxy_accuracy=pruner.judged[-1].accuracy, settings=getattr(context.spec, method).model_dump(),
+                proxy_accuracy=proxy, settings=getattr(context.spec, method).model_dump(),
                 predicted=context.predict(job, network.channels), test_accuracy=score.accuracy, test_loss=score.loss,
                 pruned=facts | found.facts, **files,
             )  # fmt: skip
