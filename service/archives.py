@@ -10,6 +10,7 @@ import gzip
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -19,10 +20,14 @@ from io import BufferedIOBase, RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal, Protocol
 
-from latency_profiler.errors import InvalidDataset
+from latency_profiler.errors import InvalidDataset, SecateursError
 
 MIB = 2**20
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+BROKEN = (
+    OSError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError,
+    zipfile.BadZipFile, NotImplementedError,
+)  # fmt: skip
+"""What the libraries that unpack raise over damaged files; names that are no text are ValueErrors."""
 Opener = Callable[[Path, Literal["rb"]], "IO[bytes] | BufferedIOBase"]
 OPENERS: dict[str, Opener] = {
     ".tar": open, ".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open,
@@ -111,19 +116,22 @@ class Folder:
     def names(self) -> list[str]:
         """Names of all files."""
         found = []
-        for folder, folders, files in os.walk(self._path):
-            for name in (*folders, *files):
-                self._check(Path(folder, name))
-            found += [Path(folder, name).relative_to(self._path).as_posix() for name in files]
-            if len(found) > LIMITS.entries:
-                raise InvalidDataset(f"{self._path.name!r} has more than {LIMITS.entries} files")
+        with readable(self._path):
+            for folder, folders, files in os.walk(self._path, onerror=_raised):
+                for name in (*folders, *files):
+                    self._check(Path(folder, name))
+                found += [Path(folder, name).relative_to(self._path).as_posix() for name in files]
+                if len(found) > LIMITS.entries:
+                    raise InvalidDataset(f"{self._path.name!r} has more than {LIMITS.entries} files")
         return found
 
     def read(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
         """Name and content of the wanted files."""
         for name in self.names():
             if name in wanted:
-                yield name, (self._path / name).read_bytes()
+                with readable(self._path / name):
+                    content = (self._path / name).read_bytes()
+                yield name, content
 
     def _check(self, path: Path) -> None:
         mode = path.lstat().st_mode
@@ -144,13 +152,13 @@ class Zip:
     def names(self) -> list[str]:
         """Names of all files, without unpacking them."""
         meter = Meter(self._path, self._limits)
-        with _readable(self._path), zipfile.ZipFile(self._path) as archive:
+        with readable(self._path), zipfile.ZipFile(self._path) as archive:
             return [name for name, _ in self._entries(archive, meter)]
 
     def read(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
         """Name and content of the wanted files."""
         meter = Meter(self._path, self._limits)
-        with _readable(self._path), zipfile.ZipFile(self._path) as archive:
+        with readable(self._path), zipfile.ZipFile(self._path) as archive:
             for name, info in self._entries(archive, meter):
                 if name in wanted:
                     with archive.open(info) as file:
@@ -182,12 +190,12 @@ class Tar:
 
     def names(self) -> list[str]:
         """Names of all files; the whole archive is unpacked in memory, piece by piece, to find them."""
-        with _readable(self._path):
+        with readable(self._path):
             return [name for name, _, _ in self._entries()]
 
     def read(self, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
         """Name and content of the wanted files."""
-        with _readable(self._path):
+        with readable(self._path):
             for name, archive, member in self._entries():
                 if name in wanted and (file := archive.extractfile(member)) is not None:
                     yield name, file.read()
@@ -220,8 +228,13 @@ class Metered(RawIOBase):
         return content
 
 
-class _readable:  # noqa: N801 - a context manager, used like a function
-    """Turns what a damaged archive raises into InvalidDataset."""
+def _raised(error: OSError) -> None:
+    """A folder that cannot be looked into is no empty one."""
+    raise error
+
+
+class readable:  # noqa: N801 - a context manager, used like a function
+    """Turns what files raise that are damaged, or not for the service to read, into InvalidDataset."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -230,5 +243,10 @@ class _readable:  # noqa: N801 - a context manager, used like a function
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, BROKEN):
+        if isinstance(error, PermissionError):
+            raise InvalidDataset(
+                f"{Path(error.filename or self._path).name!r} is not for the service to read: give its user "
+                f"(id {os.geteuid()}) permission"
+            ) from error
+        if isinstance(error, BROKEN) and not isinstance(error, SecateursError):
             raise InvalidDataset(f"{self._path.name!r} is damaged or no such archive: {error}") from error

@@ -9,10 +9,8 @@ of it does not matter. Letters: n images, s side in pixels.
 import hashlib
 import io
 import json
-import math
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +23,14 @@ from PIL import Image, ImageOps
 
 from latency_profiler.durable import flush, sweep
 from latency_profiler.errors import InvalidDataset
-from service.archives import BROKEN, LIMITS, Files, Meter, open_files
+from service import npz
+from service.archives import Files, open_files
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 CHUNK = 4096
 """Images that are digested at a time."""
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's key: grows when other arrays come out of the same files."""
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
@@ -84,10 +83,12 @@ def inspect(kind: str, path: str | None, data_root: Path) -> DatasetFacts:
             plan = _plan(files.names())
             with next(_decoded(files, [plan.names[0]]))[1] as first:
                 size = min(first.size)
+                _fitted(first, SIZES[0], plan.names[0])
             return DatasetFacts(plan.classes, *plan.counts(), min(max(size, SIZES[0]), SIZES[1]))
         case "npz":
-            arrays = _npz(_located(kind, path, data_root))
-            size = min(max(arrays.train_x.shape[1], SIZES[0]), SIZES[1])
+            located = _located(kind, path, data_root)
+            arrays = _npz(located, pixels=False)
+            size = min(max(npz.headers(located)["train_images"][0][1], SIZES[0]), SIZES[1])
             return DatasetFacts(arrays.classes, len(arrays.train_y), len(arrays.test_y), size)
     raise InvalidDataset(f"unknown kind of dataset {kind!r}; it must be digits, folder, archive or npz")
 
@@ -170,6 +171,9 @@ def _plan(names: Sequence[str]) -> Plan:
             f"{len(images)} images (.jpg, .png, ...) were found, {len(folders)} of them in a folder of their class; "
             "use train/<class>/* and test/<class>/*, or <class>/*"
         )
+    stray = next((p[0] for p in parts if not _split_of(p[0])), None)
+    if stray and any(_split_of(p[0]) and len(p) > 2 for p in parts):
+        raise InvalidDataset(f"{stray!r} lies beside {' and '.join(sorted(splits))}: move it away, or into one of them")
     kinds = np.array([_split_of(p[0]) if divided else "train" for p in parts])
     classes, labels = np.unique(np.array(folders), return_inverse=True)
     labels = labels.astype(np.int64)
@@ -258,8 +262,12 @@ def _decoded(files: Files, wanted: Iterable[str], size: int = 0) -> Iterator[tup
 
 
 def _fitted(image: Image.Image, size: int, name: str = "") -> Pixels:
-    """The centre of an image (size, size, 3) in colour."""
+    """The centre of an image (size, size, 3) in colour, of 16 bits a pixel the upper eight."""
     try:
+        if image.mode.startswith("I;16"):  # Pillow would not scale but clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise InvalidDataset(f"{name!r} has pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
         coloured = image.convert("RGB")
         if coloured.size != (size, size):
             coloured = ImageOps.fit(coloured, (size, size), Image.Resampling.BILINEAR)
@@ -270,6 +278,7 @@ def _fitted(image: Image.Image, size: int, name: str = "") -> Pixels:
 
 def _resized(pixels: Pixels, size: int, told: Callable[[], object]) -> Pixels:
     """Square images (n, ., ., 3) at another size."""
+    pixels = npz.in_colour(pixels)
     if pixels.shape[1:3] == (size, size):
         return pixels
     resized = np.empty((len(pixels), size, size, 3), dtype=np.uint8)
@@ -293,21 +302,9 @@ def _divided(pixels: Pixels, labels: Labels, classes: tuple[str, ...]) -> Images
     return Images(pixels[~testing], labels[~testing], pixels[testing], labels[testing], classes)
 
 
-def _npz(path: Path) -> Images:
-    """Arrays of a MedMNIST-style file at their own size; val joins train."""
-    try:
-        _check_npz(path)
-        with np.load(path, allow_pickle=False) as file:
-            held = {part: _npz_part(file[f"{part}_images"], file[f"{part}_labels"], path.name)
-                    for part in ("train", "val", "test") if f"{part}_images" in file}  # fmt: skip
-    except (*BROKEN, KeyError, ValueError, TypeError, MemoryError) as error:
-        raise InvalidDataset(
-            f"{path.name!r} cannot be read: {error}; it must hold plain arrays train_images, train_labels, "
-            "test_images, test_labels (and val_*)"
-        ) from error
-    if "train" not in held or len({pixels.shape[1:] for pixels, _ in held.values()}) != 1:
-        raise InvalidDataset(f"{path.name!r} must hold train_images, and images of one size in all parts")
-    return _joined(held)
+def _npz(path: Path, pixels: bool = True) -> Images:
+    """Arrays of a MedMNIST-style file at their own size, grey ones (n, s, s, 1); val joins train."""
+    return _joined(npz.read(path, pixels))
 
 
 def _joined(held: dict[str, tuple[Pixels, Labels]]) -> Images:
@@ -323,38 +320,6 @@ def _joined(held: dict[str, tuple[Pixels, Labels]]) -> Images:
         images = Images(pixels, labels, held["test"][0], tested, classes)
     _check_labels(images.train_y, images.test_y, classes)
     return images
-
-
-def _npz_part(pixels: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], name: str) -> tuple[Pixels, Labels]:
-    """Pixels (n, s, s, 3) and labels (n,) from (n, s, s), (n, s, s, 1) or (n, s, s, 3) and (n,) or (n, 1)."""
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
-        raise InvalidDataset(f"{name!r} has images {pixels.dtype}{pixels.shape}; they must be uint8 (n, s, s[, 3])")
-    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
-        raise InvalidDataset(f"{name!r} has labels {labels.dtype}{labels.shape}; there must be one integer per image")
-    if pixels.shape[1] != pixels.shape[2]:
-        raise InvalidDataset(
-            f"{name!r} has images of {pixels.shape[1]} x {pixels.shape[2]} pixels; they must be square"
-        )
-    colour = np.broadcast_to(pixels.astype(np.uint8, copy=False), (*pixels.shape[:3], 3))
-    return colour, labels.astype(np.int64)
-
-
-def _check_npz(path: Path) -> None:
-    """Refuse a file whose arrays claim more bytes than are in it, before numpy allocates them."""
-    meter = Meter(path, LIMITS)
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            meter.add_entry(info.filename)
-            meter.add_bytes(info.file_size)
-            with archive.open(info) as file:
-                version = form.read_magic(file)
-                header = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
-                shape, _, dtype = header(file)
-            whole = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= info.file_size
-            meter.check(whole, f"holds {info.filename!r}, which is no plain array or lacks a part")
 
 
 def _key(kind: str, path: Path | None, size: int) -> str:

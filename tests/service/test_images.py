@@ -3,9 +3,11 @@ import io
 import multiprocessing
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -256,6 +258,82 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidDataset):
             images.load(kind, path, tmp_path, 8, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_files_that_break_their_reader_are_refused(tmp_path: Path) -> None:
+    named = zipped(tmp_path / "names.zip", {f"{name}é/{i}.png": png(i) for name in CLASSES for i in range(3)})
+    named.write_bytes(named.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    with tarfile.open(tmp_path / "sparse.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("cat/0.png")
+        info.size, info.pax_headers = 3, {"GNU.sparse.map": "x,y", "GNU.sparse.size": "3"}
+        archive.addfile(info, io.BytesIO(b"abc"))
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 8, 8".ljust(117) + b"\n"
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(128)
+    zipped(tmp_path / "header.npz", {"train_images.npy": array})
+    for kind, path in (("archive", "names.zip"), ("archive", "sparse.tar"), ("npz", "header.npz")):
+        with pytest.raises(InvalidDataset, match=r"damaged|cannot be read"):
+            images.inspect(kind, path, tmp_path)
+
+
+def test_what_the_service_may_not_read_is_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unprivileged user meets it; who may read everything meets it through these two functions."""
+    written(tmp_path / "set", tree())
+    scan, read = os.scandir, Path.read_bytes
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    def read_bytes(path: Path) -> bytes:
+        if path.parent.name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    for place, name, instead in ((os, "scandir", scandir), (Path, "read_bytes", read_bytes)):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, instead)
+            with pytest.raises(InvalidDataset, match=f"not for the service to read: .*{os.geteuid()}"):
+                images.inspect("folder", "set", tmp_path)
+
+
+def test_a_stray_folder_makes_no_classes_of_the_splits(tmp_path: Path) -> None:
+    written(tmp_path / "set", {**tree(), "samples/0.png": png(1)})
+    with pytest.raises(InvalidDataset, match="'samples' lies beside test and train"):
+        images.inspect("folder", "set", tmp_path)
+    vehicles = {f"{name}/{i}.png": png(i) for name in ("car", "train") for i in range(10)}
+    written(tmp_path / "vehicles", vehicles)
+    assert images.inspect("folder", "vehicles", tmp_path).classes == ("car", "train")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_of_sixteen_bits_the_upper_eight_are_taken(tmp_path: Path, kind: str) -> None:
+    ramp, file = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024, io.BytesIO()
+    Image.fromarray(ramp).save(file, kind)
+    written(tmp_path / "set", {f"{c}/{i}.{kind.lower()}": file.getvalue() for c in "xy" for i in range(5)})
+    loaded = images.load("folder", "set", tmp_path, 8, tmp_path / "cache")
+    assert np.array_equal(loaded.train_x[0, ..., 0], ramp >> 8)
+
+
+def test_numbers_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(file, "TIFF")
+    written(tmp_path / "set", {f"{c}/{i}.tif": file.getvalue() for c in "xy" for i in range(5)})
+    with pytest.raises(InvalidDataset, match="8 or 16 bits"):
+        images.inspect("folder", "set", tmp_path)
+
+
+def test_looking_at_an_npz_reads_no_images(tmp_path: Path) -> None:
+    """Nine MiB of grey images, which took three times that when they were read."""
+    blank = np.zeros((12_000, 28, 28), dtype=np.uint8)
+    medmnist(tmp_path / "a.npz", train_images=blank, train_labels=np.arange(12_000) % 3, val_images=None,
+             val_labels=None, test_images=blank[:10], test_labels=np.arange(10) % 3)  # fmt: skip
+    tracemalloc.start()
+    facts = images.inspect("npz", "a.npz", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert facts == images.DatasetFacts(("0", "1", "2"), 12_000, 10, 28)
+    assert peak < 4 * 2**20
 
 
 def test_paths_outside_of_the_data_root_are_refused(tmp_path: Path) -> None:
