@@ -9,6 +9,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 
 import migrations
@@ -70,6 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OperationalError as error:
         sys.stderr.write(f"the database does not answer: {error.orig}\n")
         return 1
+    except ValidationError as error:
+        wrong = "; ".join(f"SECATEURS_{'_'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors())
+        sys.stderr.write(f"{wrong}\n")
+        return 1
     return 0
 
 
@@ -79,9 +84,11 @@ def _run(options: argparse.Namespace) -> str:
             migrate()
             return "the database is up to date"
         case "create-key":
+            check_schema()
             with transaction() as session:
                 return keys.create_key(session, options.name, options.scope)[1]
         case "revoke-key":
+            check_schema()
             with transaction() as session:
                 keys.revoke_key(session, options.prefix)
             return f"key {options.prefix} is revoked"

@@ -26,7 +26,7 @@ from latency_profiler.spaces.registry import get_space
 from service.children import Child
 from service.commands import tables
 from service.commands.watching import bars, follow
-from service.up import THIS_MACHINE
+from service.up import THIS_MACHINE, locked
 
 SPACE = "resnet20"
 SIZE: dict[str, Any] = {"image_size": 8, "width": 1.0}
@@ -43,6 +43,8 @@ POINTS = 6
 """Widths a side that are measured: where the processor is seldom quiet, ten take minutes."""
 PROFILE_SECONDS = 400.0
 STOP_SECONDS = 20.0
+MARK = "demo.mark"
+"""The file that tells a demo's home, which the next demo removes, from a service's."""
 
 Result = dict[str, Any]
 
@@ -57,9 +59,11 @@ def main(
     install_seconds: Annotated[float, typer.Option(help="How long making the environment took.")] = 0.0,
 ) -> None:
     """Profile this machine, run two searches on it and show what they found."""
-    console, begun = Console(highlight=False), time.monotonic()
+    console, begun = Console(highlight=False, markup=False), time.monotonic()
     if not keep:
         _clear(home)
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (home / MARK).touch()
     with _service(home.absolute(), console) as client:
         profiling = _profile(client, console)
         first = _search(client, console, "job 1", [_flops_budget(client)], measure_on=[THIS_MACHINE])
@@ -82,11 +86,12 @@ def _reason(job: Result) -> str:
 
 
 def _clear(home: Path) -> None:
-    """Remove what an earlier demo left, and nothing else."""
-    if home.exists():
-        if any(home.iterdir()) and not (home / "up.lock").exists():
-            raise DemoError(f"{home.absolute()} holds something else than a demo; choose another --home")
-        shutil.rmtree(home)
+    """Remove what an earlier demo left, and nothing else; no service may be using it."""
+    if home.exists() and any(home.iterdir()):
+        if not (home / MARK).exists():
+            raise DemoError(f"{home.absolute()} holds something else than a demo; remove it, or choose another --home")
+        with locked(home):
+            shutil.rmtree(home)
 
 
 @contextmanager
@@ -249,7 +254,7 @@ def run() -> int:
     try:
         typer.run(main)
     except SecateursError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

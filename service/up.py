@@ -153,6 +153,11 @@ class Up:
             self._spawn(name, [sys.executable, "-m", *argv], env)
         with Client(self.url, key) as client:
             self._await_ready(client)
+            accepted = _accepted(client)
+        if not accepted:
+            self.say(f"the key in {self.home / 'client.json'} is not known to this database: a new one is made")
+            key, new = self._new_key(env), True
+        with Client(self.url, key) as client:
             if self.agent:
                 self._start_agent(client, env)
         self._greet(key if new else None)
@@ -226,16 +231,21 @@ class Up:
 
     def _key(self, env: Mapping[str, str]) -> tuple[str, bool]:
         """The key of this home's user, and whether it was made just now."""
-        path = self.home / "client.json"
-        known = read_secret(path).get("key")
-        key = known or self._admin(env, "create-key", "--name", "secateurs-up", "--scope", "admin").splitlines()[-1]
-        save(path, json.dumps({"server": self.url, "key": key}).encode())  # readable by this user only
-        return key, not known
+        known = read_secret(self.home / "client.json").get("key")
+        return (self._keep_key(known), False) if known else (self._new_key(env), True)
+
+    def _new_key(self, env: Mapping[str, str]) -> str:
+        return self._keep_key(self._admin(env, "create-key", "--name", "secateurs-up", "--scope", "admin"))
+
+    def _keep_key(self, printed: str) -> str:
+        key = printed.splitlines()[-1]
+        save(self.home / "client.json", json.dumps({"server": self.url, "key": key}).encode())  # for this user only
+        return key
 
     def _token(self, client: Client) -> str:
-        """This machine's agent token; the device is registered once."""
+        """This machine's agent token; the device is registered once, and again where it was removed."""
         path = self.home / "agent.json"
-        if known := read_secret(path).get("token"):
+        if (known := read_secret(path).get("token")) and _registered(client):
             return str(known)
         try:
             device = client.add_device(THIS_MACHINE)
@@ -311,3 +321,24 @@ class Up:
         self.say("Submit a search:  secateurs submit resnet20 --dataset digits --effort quick --image-size 8 "
                  "--width 0.5 --max-flops 200K --watch")  # fmt: skip
         self.say("Ctrl-C stops everything.")
+
+
+def _accepted(client: Client) -> bool:
+    """Whether the service knows the key."""
+    try:
+        client.devices()
+    except ServiceError as error:
+        if error.status != 401:
+            raise
+        return False
+    return True
+
+
+def _registered(client: Client) -> bool:
+    try:
+        client.device(THIS_MACHINE)
+    except ServiceError as error:
+        if error.status != 404:
+            raise
+        return False
+    return True

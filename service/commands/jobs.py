@@ -1,11 +1,13 @@
 """Submit searches, follow them, and ask what they found."""
 
+import json
 import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from latency_profiler.errors import InvalidInput
 from service.commands import tables
 from service.commands.login import connect
 from service.commands.options import (
@@ -84,6 +86,8 @@ def submit(
         ("retraining", given(epochs=retraining_epochs, finalists=finalists)),
         ("fidelity", given(structures=fidelity)),
     ):
+        if options and not isinstance(job.get(part) or {}, dict):
+            raise InvalidInput(f"{file}: {part} must be an object, such as {json.dumps({part: options})}")
         if options:
             job[part] = (job.get(part) or {}) | options
     with connect(server, key) as client:

@@ -12,8 +12,8 @@ from rich.console import Console
 from latency_profiler.errors import InvalidInput
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 Server = Annotated[str | None, typer.Option(envvar="SECATEURS_SERVER", help="Address of the service.")]
 Key = Annotated[str | None, typer.Option(envvar="SECATEURS_KEY", help="Your API key.")]

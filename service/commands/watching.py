@@ -36,7 +36,7 @@ def bars(console: Console) -> Progress:
     """Progress bars on a console."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

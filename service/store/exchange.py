@@ -4,6 +4,8 @@ A document is `LatencyTable.to_json` with more in each entry, and with the netwo
 What was taken is given out again as it came; a document without raw values is taken, too.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +47,8 @@ def export(session: Session, device_name: str) -> Json:
 def take(session: Session, device: Device, document: Mapping[str, Any]) -> tuple[int, bool]:
     """Take what was measured elsewhere, under a fingerprint of its own.
 
-    Measurements that were taken from the same source before stay as they are.
+    What was taken from the same source before stays; a document that says otherwise of the same layers is of another
+    measurement, and a table of its own.
 
     Returns:
         How many entries are new, and whether the table is the device's current one: it becomes that only where no
@@ -54,14 +57,18 @@ def take(session: Session, device: Device, document: Mapping[str, Any]) -> tuple
     Raises:
         InvalidInput: not a lookup table.
     """
-    given = LatencyTable.from_json(dict(document))
     devices.lock(session, device)
-    source = {"imported": True, "source": given.fingerprint}
+    source: Json = {"imported": True, "source": LatencyTable.from_json(dict(document)).fingerprint}
     facts = document.get("facts")
-    table_id = measurements.open_table(session, device, source | ({"facts": facts} if facts else {}))
+    source |= {"facts": facts} if facts else {}
+    given = {values["key"]: values for values in _given(document)}
+    table_id = measurements.open_table(session, device, source)
+    known = _seconds(session, table_id)
+    if any(known[key] != given[key]["seconds"] for key in known.keys() & given.keys()):
+        table_id = measurements.open_table(session, device, source | {"version": _digest(given)})
+        known = _seconds(session, table_id)
     table = session.get_one(LookupTable, table_id)
-    known = set(session.scalars(select(Measurement.key).where(Measurement.table_id == table_id)))
-    new = {values["key"]: _row(table, values) for values in _given(document) if values["key"] not in known}
+    new = {key: _row(table, values) for key, values in given.items() if key not in known}
     if new:
         session.execute(insert(Measurement), list(new.values()))
     for statistic, name in FITS.items():
@@ -70,6 +77,16 @@ def take(session: Session, device: Device, document: Mapping[str, Any]) -> tuple
     if measurements.measured_table(session, device) is None:
         measurements.switch(session, device, table_id)
     return sum(row["kind"] is WorkKind.LAYER for row in new.values()), device.table_id == table_id
+
+
+def _seconds(session: Session, table_id: str) -> dict[str, float]:
+    query = select(Measurement.key, Measurement.seconds).where(Measurement.table_id == table_id)
+    return {key: seconds for key, seconds in session.execute(query)}
+
+
+def _digest(given: Mapping[str, Json]) -> str:
+    seconds = sorted((key, values["seconds"]) for key, values in given.items())
+    return hashlib.sha256(json.dumps(seconds).encode()).hexdigest()[:16]
 
 
 def _rows(session: Session, device: Device, kind: WorkKind) -> Sequence[Measurement]:

@@ -173,6 +173,18 @@ def test_a_job_from_a_file_takes_options_over_it(call: Any, tmp_path: Path) -> N
     job = answer(call("submit", "--file", file, "--population", "10", "--max-flops", "95K", "--json"))
     assert job["spec"]["constraints"][0]["max"] == 95_000
     assert (job["spec"]["search"]["generations"], job["spec"]["search"]["population"]) == (3, 10)
+    file.write_text(json.dumps({"search": 3}))
+    code, _, err = call("submit", "--file", file, "--population", "10")
+    assert (code, err.count("\n")) == (2, 1)
+    assert 'search must be an object, such as {"search": {"population": 10}}' in err
+
+
+@pytest.mark.usefixtures("server")
+def test_what_users_write_is_no_markup(call: Any) -> None:
+    assert call("devices", "add", "board", "--description", "[/lab] the [v2] board")[0] == 0
+    code, out, _ = call("devices", "show", "board")
+    assert code == 0
+    assert "[/lab] the [v2] board" in out
 
 
 @pytest.mark.usefixtures("server")

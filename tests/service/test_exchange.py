@@ -106,6 +106,19 @@ def test_a_document_with_a_layer_twice_keeps_the_last_and_one_without_values_is_
     assert LatencyTable.from_json(document).entries[layer.key].seconds == 2.0
 
 
+def test_another_measurement_of_the_same_layers_is_a_table_of_its_own(client: TestClient) -> None:
+    """Its lines would be wrong for the former one's seconds."""
+    measure()
+    first = client.get("/v1/devices/bench/lookup-table").json()
+    later = json.loads(json.dumps(first))
+    for one in (*later["entries"], *later["networks"]):
+        one["seconds"] /= 2
+    assert moved(client, first, "copy") == first | {"device": "copy"}
+    answers = [client.put("/v1/devices/copy/lookup-table", json=one).json() for one in (first, later, later)]
+    assert [answer["stored"] for answer in answers] == [0, len(later["entries"]), 0]
+    assert client.get("/v1/devices/copy/lookup-table").json() == later | {"device": "copy"}
+
+
 def test_the_table_that_was_imported_last_is_used_until_an_agent_comes(client: TestClient) -> None:
     register()
     layer = SPACE.layers(SPACE.channels(SPACE.largest))[0]

@@ -17,6 +17,7 @@ import redis
 
 from latency_profiler.client import Client
 from latency_profiler.errors import ServiceError
+from service import demo
 from service.children import Child
 from service.up import SOCKET_PATH, Up, UpError, find_broker, locked
 
@@ -123,6 +124,69 @@ def test_starts_refuses_a_second_one_and_ends_on_ctrl_c(start: Callable[..., Ser
     assert time.monotonic() - begun < 10
     assert gone(children)
     assert "Traceback" not in first.said
+
+
+def test_a_key_of_another_database_is_made_anew(start: Callable[..., Service], place: Path) -> None:
+    """Where the database was removed or another one is used, `up` must not call a service ready that nobody can use."""
+    first = start("--no-agent")
+    first.ready()
+    old = json.loads((place / "client.json").read_text())["key"]
+    first.stop()
+    for file in place.glob("secateurs.db*"):
+        file.unlink()
+    second = start("--no-agent")
+    second.ready()
+    assert second.ask(Client.devices)["items"] == []
+    assert json.loads((place / "client.json").read_text())["key"] != old
+    assert "a new one is made" in second.said
+    assert (place / "client.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "said"),
+    [
+        (["migrate"], {"SECATEURS_DEVICE": "gpu"}, "SECATEURS_DEVICE: String should match"),
+        (["migrate"], {"SECATEURS_TRAINING_PROCESSES": "0"}, "SECATEURS_TRAINING_PROCESSES: Input should be"),
+        (["create-key", "--name", "a", "--scope", "submit"], {}, "migrate"),
+    ],
+)
+def test_administration_says_in_one_line_what_is_wrong(
+    tmp_path: Path, command: list[str], setting: dict[str, str], said: str
+) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SECATEURS_")}
+    argv = [sys.executable, "-m", "service.admin", *command]
+    env |= {"SECATEURS_HOME": str(tmp_path)} | setting
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert said in line
+
+
+def test_a_bell_that_nobody_hears_holds_nobody_up(tmp_path: Path) -> None:
+    code = "import time; from service import broker; begun = time.monotonic(); print([broker.ring() for _ in range(3)])"
+    env = {**os.environ, "SECATEURS_HOME": str(tmp_path), "SECATEURS_BROKER_URL": f"redis+socket://{tmp_path}/none"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(time.monotonic() - begun)"], env=env, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    answers, seconds = done.stdout.splitlines()
+    assert answers == "[False, False, False]"
+    assert float(seconds) < 4, "it was six seconds for every bell but the first"
+
+
+def test_a_demo_removes_a_former_demo_and_nothing_else(tmp_path: Path) -> None:
+    service, former = tmp_path / "service", tmp_path / "former"
+    for home in (service, former):
+        with locked(home):
+            (home / "secateurs.db").touch()
+    (former / demo.MARK).touch()
+    with pytest.raises(demo.DemoError, match="something else"):
+        demo._clear(service)
+    with locked(former), pytest.raises(UpError, match="in use"):
+        demo._clear(former)
+    demo._clear(former)
+    assert (former.exists(), (service / "secateurs.db").exists()) == (False, True)
+    demo._clear(former)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux kills children with their parent")
