@@ -22,7 +22,7 @@ from service.store.session import snapshot, transaction
 
 router = APIRouter(prefix="/devices", tags=["devices"])
 DevicePath = Annotated[Name, Path()]
-LARGEST_FACTS = 32 << 10
+LARGEST_FACTS = 64 << 10
 DEEPEST_FACTS = 32
 
 
