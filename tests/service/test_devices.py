@@ -344,10 +344,10 @@ BAD_RESULTS: list[dict[str, Any]] = [
     {"seconds": None}, {"seconds": "1e400"}, {"values": [0.0]}, {"values": []}, {"values": [1.0] * 1001},
     {"iqr": -1}, {"work_id": 2**63}, {"work_id": -1}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": "k" * 201},
     {"kind": "block"}, {"error": "both"}, {"more": 1}, {"conditions": {"a": float("nan")}},
-    {"conditions": {"a": "x" * 40_000}}, {"conditions": {"a": "\0"}}, {"conditions": {"a": "\udc00"}},
+    {"conditions": {"a": "x" * 66_000}}, {"conditions": {"a": "\0"}}, {"conditions": {"a": "\udc00"}},
 ]  # fmt: skip
 BAD_FACTS: list[Any] = [
-    {}, {"a": "\0"}, {"a": float("inf")}, {"a": "\ud800"}, {"a": "x" * 33_000}, {"a": [0] * 20_000}, [], "cpu",
+    {}, {"a": "\0"}, {"a": float("inf")}, {"a": "\ud800"}, {"a": "x" * 66_000}, {"a": [0] * 30_000}, [], "cpu",
 ]  # fmt: skip
 
 
