@@ -5,6 +5,7 @@ the reconciler rings again for whatever is still claimable.
 """
 
 import logging
+import threading
 from pathlib import Path
 
 from celery import Celery
@@ -54,13 +55,22 @@ def make_app() -> Celery:
 
 
 app = make_app()
+_ringing = threading.Lock()
 
 
 def ring(queue: str = JOBS) -> bool:
-    """Tell a worker to look for work; False when the broker did not take the message (who needs it rings again)."""
+    """Tell a worker to look for work; False when the broker did not take the message (who needs it rings again).
+
+    One bell of a process is rung at a time: a broker that accepts and never answers would hold every thread that
+    rings for seconds, and all of them say the same.
+    """
+    if not _ringing.acquire(blocking=False):
+        return False
     try:
         app.send_task(DOORBELLS[queue], queue=queue, expires=60, retry=False)
     except (OperationalError, OSError) as error:
         log.warning("the doorbell did not ring: %s", error)
         return False
+    finally:
+        _ringing.release()
     return True

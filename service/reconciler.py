@@ -9,14 +9,11 @@ import signal
 import threading
 import time
 
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
 from service import broker
 from service.settings import get_settings
 from service.store import idempotency, jobs, repricing, skybands
 from service.store.repricing import Due, Walk
-from service.store.session import snapshot, transaction
+from service.store.session import DATABASE_AWAY, snapshot, transaction
 
 log = logging.getLogger(__name__)
 MOST_RINGS = 16
@@ -29,7 +26,8 @@ def reconcile() -> int:
     with snapshot() as session:
         waiting, _ = jobs.claimable(session)
     for _ in range(min(waiting, MOST_RINGS)):
-        broker.ring()
+        if not broker.ring():
+            break
     return waiting
 
 
@@ -92,7 +90,7 @@ def main() -> None:
                 idempotency.sweep(session)
             seconds = max(period, PRICING_SECONDS)
             done = reprice(seconds, stop, walks) and gather(seconds, stop)
-        except (OperationalError, PoolTimeout) as error:
+        except DATABASE_AWAY as error:
             log.warning("the database did not answer: %s", error)
             done = True
 

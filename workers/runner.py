@@ -22,7 +22,7 @@ from service.settings import get_settings
 from service.store import jobs
 from service.store.jobs import Claim, LeaseLost
 from service.store.models import JobState
-from service.store.session import transaction
+from service.store.session import DATABASE_AWAY, transaction
 from workers.parallel import ALONE, Ranks, launch, launched, local_rank
 from workers.placement import choose
 from workers.steps.advance import advance
@@ -35,6 +35,8 @@ PR_SET_PDEATHSIG = 1
 PATIENCE = 20.0
 """Seconds for which a runner waits itself before it gives the job back: starting another one costs about three."""
 POLL = 0.5
+AWAY_SECONDS = 600.0
+"""For which the database may have been away, a long step included; the supervisor stops who has lost the lease."""
 
 
 class Console:
@@ -91,11 +93,19 @@ def main(job_id: str, owner: str, fence: str, parent: str) -> int:
 
 def _run(context: Context) -> None:
     claim, console = context.claim, context.console
-    patience = PATIENCE
+    patience, heard = PATIENCE, time.monotonic()
     while not console.stopping:
-        with transaction() as session:
-            job = jobs.load(session, claim)
-        outcome = advance(context, job)
+        try:
+            with transaction() as session:
+                job = jobs.load(session, claim)
+            outcome, heard = advance(context, job), time.monotonic()
+        except DATABASE_AWAY as error:
+            if context.team is not ALONE or time.monotonic() - heard > AWAY_SECONDS:
+                raise
+            log.warning("job %s: the database is away, the step begins anew: %s", claim.job_id, error)
+            context.kept.clear()  # it may be ahead of what is stored
+            time.sleep(POLL)
+            continue
         console.say()
         if outcome.ended:
             return

@@ -20,8 +20,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from service import broker
@@ -29,12 +27,11 @@ from service.settings import Settings, get_settings
 from service.store import chunks, jobs
 from service.store.jobs import Claim, LeaseLost
 from service.store.models import JobState, new_id
-from service.store.session import snapshot, transaction
+from service.store.session import DATABASE_AWAY, snapshot, transaction
 
 log = logging.getLogger(__name__)
 MARGIN = 0.8
 """Share of the lease after which a runner whose lease could not be renewed is stopped."""
-DATABASE_AWAY = (OperationalError, PoolTimeout)
 RUNNER_ENVIRONMENT = {
     # OpenMP's threads spin while they wait for each other; beside other work on the same cores that costs 14 times.
     "OMP_WAIT_POLICY": "PASSIVE",

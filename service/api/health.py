@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import admin
-from service.api.problems import ProblemResponse, declared, problem
+from service.api.problems import RETRY_SECONDS, ProblemResponse, declared, problem
 from service.store import statistics
 from service.store.session import snapshot
 
@@ -46,7 +46,8 @@ def ready(request: Request) -> Ready | ProblemResponse:
     except admin.SchemaMismatch as error:
         return problem(503, "schema-mismatch", str(error))
     except SQLAlchemyError as error:
-        return problem(503, "database-unavailable", f"the database does not answer ({type(error).__name__})")
+        detail = f"the database does not answer ({type(error).__name__})"
+        return problem(503, "database-unavailable", detail, {"Retry-After": str(RETRY_SECONDS)})
     rang = getattr(request.app.state, "rang", None)
     return Ready(broker="not asked yet" if rang is None else "ok" if rang else "silent")
 

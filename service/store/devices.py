@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from latency_profiler.cost import Statistic, latency_name
 from latency_profiler.errors import AlreadyExists, NotFound, SecateursError
 from service.store.keys import issue_secret
-from service.store.models import TERMINAL, Device, Job, Skyband, now
+from service.store.models import TERMINAL, Device, Job, LookupTable, Pricing, Skyband, StructureLatency, now
 
 ALIVE_SECONDS = 60.0
 """A device whose agent has not been heard for so long is away."""
@@ -99,6 +99,14 @@ def _refresh(session: Session, device: Device, *, with_for_update: bool = False)
         session.refresh(device, with_for_update=with_for_update)
     except InvalidRequestError as error:
         raise NotFound("device", name) from error
+
+
+def forget_prices(session: Session, device: Device, table_id: str) -> None:
+    """Where a table of another fingerprint becomes the current one: what structures take here is not known any more."""
+    old, new = session.get_one(LookupTable, device.table_id), session.get_one(LookupTable, table_id)
+    if old.fingerprint_id != new.fingerprint_id:
+        for priced in (StructureLatency, Pricing):
+            session.execute(remove(priced).where(priced.device_id == device.id))
 
 
 def alive(session: Session, device: Device) -> bool:

@@ -69,7 +69,7 @@ def get(session: Session, job_id: str) -> Job:
 
 
 def request_cancel(session: Session, job_id: str) -> Job:
-    """End a job that no worker holds; ask the worker of one that is held. Repeating it changes nothing.
+    """End a job that no living worker holds; ask the worker of one that is held. Repeating it changes nothing.
 
     Raises:
         NotFound: no job has this id.
@@ -82,7 +82,7 @@ def request_cancel(session: Session, job_id: str) -> Job:
         raise JobStateConflict(job_id, job.state, "cancelled")
     if job.state is not JobState.CANCELLED and job.cancel_requested_at is None:
         session.execute(update(Job).where(Job.id == job_id).values(cancel_requested_at=now()))
-        if job.owner is None:
+        if session.scalar(select(Job.id).where(Job.id == job_id, or_(Job.owner.is_(None), Job.lease_until < now()))):
             _end(session, job_id, JobState.CANCELLED)
         session.refresh(job)
     return job

@@ -315,6 +315,7 @@ def switch(session: Session, device: Device, table_id: str) -> bool:
     if device.table_id is not None:
         work.carry_over(session, device.table_id, table_id)
         _retire(session, device.table_id, table_id)
+        devices.forget_prices(session, device, table_id)
     device.table_id = table_id
     plan(session, device)
     return wake(session)

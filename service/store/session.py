@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from service.settings import get_settings
 
+DATABASE_AWAY = (OperationalError, PoolTimeout)
+"""What is raised while the database does not answer."""
 BYTES = {"bytes": True}
 """Execution options of a statement that reads many bytes."""
 

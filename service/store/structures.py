@@ -33,8 +33,6 @@ from service.store.models import (
 from service.store.skybands import COUNTS, Members, Place
 
 CHUNK = 64
-FAR = 1.25
-"""A skyband's answer lacks structures predicted above a bound and measured within it by more than this."""
 SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
 
 
@@ -114,7 +112,7 @@ def _faster(latency: str, most: float) -> Select[str | None]:
     return (
         select(Measurement.structure_id)
         .join(StructureLatency, StructureLatency.structure_id == Measurement.structure_id)
-        .where(Measurement.table_id == _table(device_id), _measurement(latency).between(most / FAR, most))
+        .where(Measurement.table_id == _table(device_id), _measurement(latency) <= most)
         .where(StructureLatency.device_id == device_id, _price(latency) > most)
     )
 

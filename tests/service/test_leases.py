@@ -250,6 +250,13 @@ def test_a_cancelled_job_whose_worker_died_ends_at_the_next_look(submit: Callabl
     assert read(job_id).state is JobState.CANCELLED
 
 
+def test_a_cancelled_job_whose_worker_is_lost_ends_at_once(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    take(lease=0.01)
+    time.sleep(0.05)
+    assert jobs_call(jobs.request_cancel, job_id).state is JobState.CANCELLED
+
+
 def test_an_ended_job_never_changes(submit: Callable[[], str]) -> None:
     job_id = submit()
     held = take()

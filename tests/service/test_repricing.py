@@ -137,6 +137,20 @@ def test_a_table_that_lacks_layers_prices_nothing_and_keeps_what_was(database: s
     assert latencies(device_id) == expected(table())
 
 
+def test_another_fingerprint_is_another_answer(client: TestClient) -> None:
+    find()
+    device_id, other = arrive("bench", table()), arrive("other", table(2.0))
+    reprice()
+    assert latencies(device_id) == expected(table())
+    with transaction() as session:
+        agents.lease(session, devices.get(session, "bench"), {"cpu": "another"}, 10, 60.0)
+    assert latencies(device_id) == {}
+    assert latencies(other) == expected(table(2.0))
+    query = {"space": "resnet20", "dataset": "digits", "device": "bench"}
+    assert client.get("/v1/structures/best", params=query | {"max_latency_ms": 1000}).json()["items"] == []
+    assert client.get("/v1/structures/pareto", params=query).json()["items"] == []
+
+
 def test_layers_that_are_still_measured_are_waited_for(database: str) -> None:
     find()
     with transaction() as session:

@@ -156,7 +156,7 @@ def test_a_measurement_counts_and_not_the_prediction(database: str) -> None:
     price(rows, "first")
     gather()
     check(rows, ALWAYS)
-    measure(rows, 6 * (1.4, 0.85, 100.0))
+    measure(rows, 6 * (1.4, 0.5, 100.0))
     check(rows, ALWAYS)
     measured = {row["structure_id"]: row for row in rows}
     with snapshot() as session:

@@ -9,16 +9,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
 from service.store import jobs
 from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result, new_id
 from service.store.session import transaction
+from workers import runner
+from workers.parallel import ALONE
+from workers.steps.outcome import ENDED, Outcome
 from workers.supervisor import supervise_next
 
 KEY = "mobilenet_v1@8x0.1/10+last"
@@ -114,8 +120,8 @@ def test_kill_9_of_the_runner_in_every_phase_changes_nothing(submit: Callable[..
     killed = set()
     for state in (JobState.TRAINING, JobState.SEARCHING, JobState.RETRAINING):
         until(lambda state=state: read(rough).state is state and bool(runners()))
-        for runner in runners():
-            runner.kill()
+        for process in runners():
+            process.kill()
         killed.add(state)
     worker.join(120)
     assert len(killed) == 3
@@ -180,6 +186,34 @@ def test_each_claim_of_a_worker_has_a_name_of_its_own_and_what_is_printed_does_n
         with transaction() as session:
             session.execute(update(Job).values(lease_until=1.0))
     assert len(set(owners)) == 2
+
+
+def test_a_runner_outlives_a_database_that_is_away_for_a_moment(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit()
+    with transaction() as session:
+        claim = jobs.claim(session, "worker", 30, 3)
+    assert claim is not None
+    context = SimpleNamespace(claim=claim, console=runner.Silence(), team=ALONE, kept={"trainer": "ahead"})
+    away = [OperationalError("", None, Exception("gone")), PoolTimeout()]
+    held = list[dict[str, str]]()
+
+    def advance(_context: object, job: Job) -> Outcome:
+        assert job.id == job_id
+        held.append(dict(context.kept))
+        if away:
+            raise away.pop()
+        return ENDED
+
+    monkeypatch.setattr(runner, "advance", advance)
+    monkeypatch.setattr(runner, "POLL", 0.01)
+    runner._run(context)  # type: ignore[arg-type]
+    assert held == [{"trainer": "ahead"}, {}, {}], "what is kept in memory may be ahead of what is stored"
+    away.append(PoolTimeout())
+    context.team = object()
+    with pytest.raises(PoolTimeout):
+        runner._run(context)  # type: ignore[arg-type]
 
 
 def test_nothing_outlives_a_killed_supervisor(submit: Callable[..., str], tmp_path: Path) -> None:
