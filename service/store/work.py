@@ -124,6 +124,8 @@ def plan_profile(session: Session, profile: Profile, table_id: str, *, for_job: 
     add(session, table_id, [item for item in items if item.kind is WorkKind.LAYER], priority)
     add(session, table_id, [item for item in items if item.kind is WorkKind.NETWORK], priority + 1)
     profile.planned_table_id = table_id
+    if for_job:  # what another profile has planned already, too
+        hurry(session, profile, table_id)
 
 
 def refine(session: Session, profile: Profile, table: LatencyTable) -> bool:

@@ -15,12 +15,14 @@ from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parame
 from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, NothingFeasible
 from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import Entry, LatencyTable
+from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import images
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
-from service.store import agents, blobs, devices, exchange, jobs, results
+from service.store import agents, blobs, devices, exchange, jobs, measurements, results
 from service.store.agents import Batch, Outcome
+from service.store.candidates import space_arguments
 from service.store.jobs import Claim
 from service.store.measurements import canonical_sha
 from service.store.models import (
@@ -612,6 +614,146 @@ class Partial(Bench):
         """Which of the first round's networks ran and held the budget of `latency_bound(0.5)`."""
         most = latency_bound(0.5)["max_ms"] / 1000 / (1 + job.memory["noise"]["bench"])
         return [at for at, seconds in enumerate(self.took[:8]) if at >= self.failing and seconds <= most]
+
+
+SHORT = {"generations": 1, "population": 8}
+
+
+class Forgetful(Bench):
+    """Answers no check of the network that it is asked for first."""
+
+    skipped = ""
+
+    def measure(self) -> int:
+        done = 0
+        while not self.away:
+            with transaction() as session:
+                device = devices.get(session, self.name)
+                leased = agents.lease(session, device, FACTS, 500, 60.0)
+                checks = [w.key for w in leased.works if w.payload.get("purpose", "").startswith("check")]
+                self.skipped = self.skipped or next(iter(checks), "")
+                outcomes = [self._outcome(work) for work in leased.works if work.key != self.skipped]
+                if outcomes:
+                    batch = Batch(new_id(), leased.lease_id, canonical_sha(FACTS), outcomes)
+                    agents.record(session, device, batch)
+            if not outcomes:
+                break
+            done += len(outcomes)
+        return done
+
+
+def later(monkeypatch: pytest.MonkeyPatch, step: str) -> dict[str, float]:
+    """A clock of a step that goes ahead by what is told."""
+    late = {"clock": 0.0}
+    clock = f"workers.steps.{step}.jobs.clock"
+    monkeypatch.setattr(clock, lambda session: session.scalar(select(now())) + late["clock"])
+    return late
+
+
+@pytest.mark.parametrize(("slow", "breaks"), [(1.0, False), (1.5, True)])
+def test_a_network_that_nobody_has_measured_has_held_no_budget(
+    world: None, monkeypatch: pytest.MonkeyPatch, slow: float, breaks: bool
+) -> None:
+    """The one that was not measured in time would be the winner: it comes first."""
+    bench = Forgetful(lambda purpose: slow if purpose.startswith("check") else 1.0)
+    late, job_id = later(monkeypatch, "searching"), submit(latency_bound(0.5), search=SHORT)
+    context = Context(take(job_id), get_settings(), Console())
+    while (job := read(job_id)).state is not JobState.RETRAINING and not job.memory.get("round"):
+        if advance(context, job).wait is not None:
+            bench.measure()
+            late["clock"] += 121 if job.state is JobState.SEARCHING else 0
+    assert bench.skipped
+    if breaks:
+        assert (job.state, job.memory["round"]) == (JobState.SEARCHING, 1)
+    else:
+        [winner] = [trial for trial in job.memory["queue"] if trial["role"] == "winner"]
+        assert winner["structure_id"] not in bench.skipped
+
+
+def test_a_broken_budget_that_nothing_refutes_stands(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(lambda purpose: 1.3 if purpose.startswith("verify") else 1.0)
+    late, job_id = later(monkeypatch, "verifying"), submit(latency_bound(0.5), search=SHORT)
+    context = Context(take(job_id), get_settings(), Console())
+    while not (job := read(job_id)).memory.get("round"):
+        bench.away = job.state is JobState.VERIFYING and bool(job.memory.get("again"))
+        late["clock"] = 100_000.0 if bench.away and job.memory.get("since") else 0.0
+        assert not advance(context, job).ended, "unverified, as if it had never been measured"
+        bench.measure()
+    [figures] = job.memory["figures"]
+    assert figures["measured_ms"] > figures["max_ms"]
+
+
+def test_a_broken_budget_waits_for_no_other_device(world: None) -> None:
+    bench, other = Bench(lambda purpose: 1.3 if purpose.startswith("verify") else 1.0), Bench(name="other")
+    job_id = submit(latency_bound(0.5), {**latency_bound(0.9), "device": "other"}, search=SHORT)
+    context = Context(take(job_id), get_settings(), Console())
+    waits = 0
+    while not (job := read(job_id)).memory.get("round"):
+        other.away = job.state is JobState.VERIFYING
+        if advance(context, job).wait is not None:
+            waits += other.away
+            bench.measure()
+            other.measure()
+    assert waits == 2, "once for each of the two measurements of the device that is there"
+
+
+def test_a_baseline_that_a_device_cannot_run_fails_no_job(world: None) -> None:
+    class Unable(Bench):
+        uniform = ""
+
+        def _outcome(self, work: Work) -> Outcome:
+            if work.key.startswith(f"{SPACE.key}|{self.uniform}|verify"):
+                return Outcome(work.id, work.kind, work.key, error="out of memory")
+            return super()._outcome(work)
+
+    bench, job_id = Unable(), submit(latency_bound(0.5), search=SHORT)
+    context = Context(take(job_id), get_settings(), Console())
+    while (job := read(job_id)).state is not JobState.SUCCEEDED:
+        queue = job.memory.get("queue", [])
+        bench.uniform = next((one["structure_id"] for one in queue if one["role"] == "uniform"), "")
+        if advance(context, job).wait is not None:
+            bench.measure()
+    assert job.result is not None
+    assert (job.result["winner"]["measured_ms"].keys(), job.result["uniform"]["measured_ms"]) == ({"bench"}, {})
+    assert "out of memory" in job.warnings[-1]
+
+
+def test_a_table_that_an_agent_replaces_while_a_job_waits_is_filled(world: None) -> None:
+    entries = {layer.key: Entry(layer, Bench.seconds(layer)) for layer in plan_layers(SPACE)}
+    bench, other = Bench(), Bench(name="other")
+    with transaction() as session:
+        exchange.take(session, devices.get(session, "bench"), LatencyTable("bench", "elsewhere", entries).to_json())
+    job_id = submit(latency_bound(0.5), {**latency_bound(0.9), "device": "other"}, search=SHORT)
+    context = Context(take(job_id), get_settings(), Console())
+    for _ in range(3):
+        advance(context, read(job_id))
+    with transaction() as session:
+        agents.lease(session, devices.get(session, "bench"), FACTS, 0, 60.0)
+    waits = 0
+    while not (outcome := advance(context, read(job_id))).ended:
+        bench.measure()
+        other.measure()
+        waits += outcome.wait is not None
+        assert waits < 20
+    assert read(job_id).state is JobState.SUCCEEDED
+
+
+def test_what_a_job_needs_is_hurried_also_where_another_profile_has_planned_it(world: None) -> None:
+    bench, wider = Bench(), get_space("mobilenet_v1", 8, 0.1, 100, free_last=True)
+    with transaction() as session:
+        device = devices.get(session, bench.name)
+        agents.lease(session, device, FACTS, 0, 60.0)
+    with transaction() as session:
+        device = devices.get(session, bench.name)
+        measurements.request_profile(session, device, space_arguments(SPACE), "on-demand", 10)
+        measurements.request_profile(session, device, space_arguments(wider), "full", 31)
+    job_id = submit(latency_bound(0.5))
+    advance(Context(take(job_id), get_settings(), Console()), read(job_id))
+    needed = {layer.key for layer in plan_layers(SPACE, 10)}
+    with transaction() as session:
+        rows = session.execute(select(Work.key, Work.priority).where(Work.key.in_(needed))).all()
+    assert len(rows) == len(needed)
+    assert {priority for _, priority in rows} == {1}
 
 
 def test_a_guest_that_cannot_run_the_winner_fails_no_job(world: None) -> None:

@@ -1,6 +1,6 @@
 """Whole networks on real devices: asked for, waited for, and held against the budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from statistics import median
 from typing import Any
@@ -67,30 +67,33 @@ def look(
 
 
 def look_around(
-    session: Session, context: Context, purpose: str, networks: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """The same for all of the job's latencies; a device that no constraint names may be unable to run a network.
+    session: Session, context: Context, purpose: str, networks: Mapping[str, Sequence[int]], winners: Collection[str]
+) -> tuple[dict[str, dict[str, float]], dict[tuple[str, str], str]]:
+    """The same for all of the job's latencies, without what devices are unable to run.
 
     Returns:
-        What `look` returns; and latency → reason of the devices that are unable.
+        What `look` returns; and the reasons by structure id and latency.
 
     Raises:
-        MeasurementFailed: a constrained one could not run a network.
+        MeasurementFailed: a device that a constraint names could not run one of the `winners`.
     """
-    found, unable = look(session, context, context.constrained, purpose, networks), dict[str, str]()
-    for name in context.latencies:
-        if name not in context.constrained:
+    found, unable = {structure_id: dict[str, float]() for structure_id in networks}, dict[tuple[str, str], str]()
+    # As in `look`: the first request of a network stands, so that of a percentile comes first.
+    for name in sorted(context.latencies, key=lambda name: split_latency(name)[1], reverse=True):
+        for structure_id, channels in networks.items():
             try:
-                for structure_id, seconds in look(session, context, [name], purpose, networks).items():
-                    found[structure_id] |= seconds
+                found[structure_id] |= look(session, context, [name], purpose, {structure_id: channels})[structure_id]
             except MeasurementFailed as error:
-                unable[name] = str(error)
+                if name in context.constrained and structure_id in winners:
+                    raise
+                unable[structure_id, name] = str(error)
     return found, unable
 
 
-def purpose(job: Job, name: str) -> str:
-    """What the measurements of this round are for; they are made once more where `doubted`."""
-    return f"{name}{'-again' if job.memory.get('again') else ''}-{job.id}-{job.memory['round']}"
+def purpose(job: Job, name: str, again: bool | None = None) -> str:
+    """What the measurements of this round are for; they are made once more, `again`, where `doubted`."""
+    again = bool(job.memory.get("again")) if again is None else again
+    return f"{name}{'-again' if again else ''}-{job.id}-{job.memory['round']}"
 
 
 def doubted(context: Context, job: Job) -> bool:

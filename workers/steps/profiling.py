@@ -52,12 +52,17 @@ SOUND_SECONDS = 120.0
 def begin(context: Context, job: Job) -> Outcome:
     """Note what the job runs on, and ask for the layers that its devices lack."""
     with transaction() as session:
-        for name in dict.fromkeys(split_latency(latency)[0] for latency in context.constrained):
-            if measurements.layers_missing(session, name, context.space):
-                device = devices.get(session, name)
-                measurements.request_for_job(session, device, space_arguments(context.space))
+        _ask(session, context)
         jobs.save_step(session, context.claim, state=JobState.PROFILING, environment=context.environment)
     return MOVED
+
+
+def _ask(session: Session, context: Context) -> None:
+    """Have the layers measured that the devices lack; also again, since an agent may have come with another table."""
+    for name in dict.fromkeys(split_latency(latency)[0] for latency in context.constrained):
+        if measurements.layers_missing(session, name, context.space):
+            device = devices.get(session, name)
+            measurements.request_for_job(session, device, space_arguments(context.space))
 
 
 def step(context: Context, job: Job) -> Outcome:
@@ -68,12 +73,16 @@ def step(context: Context, job: Job) -> Outcome:
 def _pin(context: Context, job: Job) -> Outcome:
     with transaction() as session:
         waiting = [name for name in context.constrained if not _ready(session, context, *split_latency(name))]
+        if waiting:
+            _ask(session, context)
         tables = {name: measurements.load_table(session, *split_latency(name)) for name in context.latencies}
         verdicts = {name: _verdict(session, context, *split_latency(name)) for name in context.latencies}
         waited = jobs.phase_seconds(session, job.id).get(JobState.PROFILING, 0.0)
     if waiting:
         if waited > context.settings.profile_seconds:
-            raise MissingLatencies(tables[waiting[0]].missing(_needed(context)))
+            if missing := tables[waiting[0]].missing(_needed(context)):
+                raise MissingLatencies(missing)
+            raise MeasurementFailed(f"{waiting[0]} has not measured the networks that its table is fitted by in time")
         context.console.say({"phase": "profiling", "waits_for": waiting})
         return FOR_DEVICE
 

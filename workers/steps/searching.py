@@ -124,25 +124,33 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
-    lacking = any(len(measured) < len(context.constrained) for measured in found.values())
-    if lacking and clock - memory["since"] < CHECK_SECONDS:
-        return FOR_DEVICE
+        whole = _whole(context, found)
+        if len(whole) < len(found) and clock - memory["since"] < CHECK_SECONDS:
+            return FOR_DEVICE
+        if not whole and memory.get("again"):  # what was doubted stands where nothing refutes it
+            found = measuring.tried(session, context, measuring.purpose(job, "check", False), listed)
+            whole = _whole(context, found)
     networks = [(listed[structure_id], measured) for structure_id, measured in found.items()]
     broken = {one: measuring.off(context, found[one], noise=memory.get("noise", {})) for one in found}
-    if all(broken.values()):
+    held = [one for one in whole if not broken[one]] or [one for one in found if found[one] and not broken[one]]
+    if any(broken.values()) and not held:
         if measuring.doubted(context, job):
             return MOVED
         over = {name: maximum for allowed in broken.values() for name, maximum in allowed.items()}
         return search_on(context, job, networks, over)
-    winner = next(one for one in found if not broken[one])
-    if unused := _unused(context, job, search, networks, found[winner]):
+    held = held or list(found)  # no device has measured any in time
+    if unused := _unused(context, job, search, networks, found[held[0]]):
         return search_on(context, job, networks, unused, shy=True)
     refused = {one for one in listed if broken.get(one, True)}
-    held = [one for one in listed if one not in refused]
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused, held)]
     with transaction() as session:
         jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
     return MOVED
+
+
+def _whole(context: Context, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Those that every device that is constrained has measured."""
+    return [one for one, measured in found.items() if len(measured) == len(context.constrained)]
 
 
 def _shortlist(context: Context, search: Evolution) -> dict[str, tuple[int, ...]]:

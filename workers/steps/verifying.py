@@ -19,30 +19,40 @@ def step(context: Context, job: Job) -> Outcome:
     """Ask, wait, decide; a budget that the first measurement breaks, the second must hold with room for its noise."""
     memory = dict(job.memory)
     networks = {trial["structure_id"]: trial["channels"] for trial in memory["queue"]}
+    winners = [trial for trial in memory["queue"] if trial["role"] == Role.WINNER]
+    winners = [one for one in winners if context.spec.objective == "front" or not one["rank"]]
     with transaction() as session:
         clock = jobs.clock(session)
-        found, unable = measuring.look_around(session, context, measuring.purpose(job, "verify"), networks)
+        ids = {winner["structure_id"] for winner in winners}
+        found, unable = measuring.look_around(session, context, measuring.purpose(job, "verify"), networks, ids)
         if not memory.get("since"):
             memory["since"] = clock
             jobs.save_step(session, context.claim, memory=memory)
-    able = [name for name in context.latencies if name not in unable]
-    away = [name for name in able if any(name not in found.get(one, {}) for one in networks)]
-    if _must_wait(context, away, clock - memory["since"]):
+        away = [
+            name for name in context.latencies
+            if any(name not in found[one] and (one, name) not in unable for one in networks)
+        ]  # fmt: skip
+        wait = _must_wait(context, away, clock - memory["since"])
+        if away and not wait and memory.get("again"):  # what was doubted stands where nothing refutes it
+            first = measuring.look_around(session, context, measuring.purpose(job, "verify", False), networks, ids)[0]
+            found = {one: first[one] | seconds for one, seconds in found.items()}
+    noise = memory.get("noise", {}) if memory.get("again") else {}
+    broken = ((one, measuring.off(context, found[one["structure_id"]], noise=noise)) for one in winners)
+    winner, allowed = next(((one, allowed) for one, allowed in broken if allowed), (None, {}))
+    if wait and winner is None:
         context.console.say({"phase": "verifying", "waits_for": away})
         return FOR_DEVICE
     _store(context, job, found)
-    winners = [trial for trial in memory["queue"] if trial["role"] == Role.WINNER]
-    for winner in winners if context.spec.objective == "front" else [one for one in winners if not one["rank"]]:
-        measured = found.get(winner["structure_id"], {})
-        if allowed := measuring.off(context, measured, noise=memory.get("noise", {}) if memory.get("again") else {}):
-            if measuring.doubted(context, job):
-                return MOVED
-            look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
-            return look_on(context, job, [(winner["channels"], measured)], allowed)
+    if winner is not None:
+        if measuring.doubted(context, job):
+            return MOVED
+        look_on = search_on if winner["method"] == results.METAPRUNING else pruning.prune_on
+        return look_on(context, job, [(winner["channels"], found[winner["structure_id"]])], allowed)
     constrained = [name for name in away if name in context.constrained]
     devices = dict.fromkeys(split_latency(name)[0] for name in away)
-    warnings = [*unable.values(), *(f"device {name} did not measure the winner in time" for name in devices)]
-    warnings += _beyond(context, job, found)
+    reasons = {name: reason for (_, name), reason in unable.items()}
+    late = [f"device {name} did not measure the winner in time" for name in devices]
+    warnings = [*reasons.values(), *late, *_beyond(context, job, found)]
     return _end(context, job, JobState.UNVERIFIED if constrained else JobState.SUCCEEDED, warnings)
 
 
@@ -57,7 +67,7 @@ def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> No
         for trial in job.memory["queue"]:
             row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]), trial["method"])
             if row is not None:
-                results.measured(session, row.id, found.get(trial["structure_id"], {}))
+                results.measured(session, row.id, {**row.measured, **found.get(trial["structure_id"], {})})
 
 
 def _beyond(context: Context, job: Job, found: dict[str, dict[str, float]]) -> list[str]:
