@@ -170,12 +170,13 @@ def list_candidates(
 ) -> Page[CandidateRead]:
     """Every structure that the search has judged; the order is the most interesting first where none is asked for."""
     descending = order == "descending" if order else sort in ("proxy_accuracy", "generation")
-    position = decode_cursor(cursor, float, int)
-    behind = (position[0], position[1]) if position else None
+    by = f"{sort} {'descending' if descending else 'ascending'}"
+    position = decode_cursor(cursor, by, float, int)
+    behind = (position[1], position[2]) if position else None
     with snapshot() as session:
         jobs.get(session, job)
         rows = structures.of_job(session, job, sort, descending, limit + 1, behind)
-    return page(rows, limit, _candidate, lambda row: [getattr(row[0], sort), row[0].id])
+    return page(rows, limit, _candidate, lambda row: [by, getattr(row[0], sort), row[0].id])
 
 
 def read(row: Job, seconds: dict[str, float]) -> JobRead:

@@ -29,12 +29,12 @@ def encode_cursor(position: Sequence[Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(list(position)).encode()).decode().rstrip("=")
 
 
-def decode_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
+def decode_cursor(cursor: str | None, *kinds: type | str) -> tuple[Any, ...] | None:
     """Inverse of `encode_cursor`; None for no cursor.
 
     Args:
         cursor: what `encode_cursor` gave, or anything that a client sent.
-        kinds: the types that the position must have, `float`, `int` or `str`.
+        kinds: the types that the position must have, `float`, `int` or `str`, or a word that must stand there.
 
     Raises:
         InvalidInput: not a cursor of this list.
@@ -62,7 +62,9 @@ def page(
     return Page(items=[show(row) for row in shown], next=encode_cursor(position(shown[-1])) if more else None)
 
 
-def _is(value: Any, kind: type) -> bool:
+def _is(value: Any, kind: type | str) -> bool:
+    if isinstance(kind, str):
+        return bool(value == kind)
     if kind is str:
         return isinstance(value, str) and len(value) <= 100 and value.isascii() and value.isprintable()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= 2**63:

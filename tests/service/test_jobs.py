@@ -291,6 +291,10 @@ def test_candidates_are_sorted_and_paged(client: TestClient) -> None:
         assert page["next"] is None
         assert len({one["id"] for one in seen}) == 12
         assert seen == sorted(seen, key=key), sort
+    first = client.get(job["links"]["candidates"], params={"limit": 5, "sort": "flops"}).json()
+    for other in ({"sort": "parameters"}, {"sort": "flops", "order": "descending"}):
+        answer = client.get(job["links"]["candidates"], params={"cursor": first["next"], **other})
+        assert answer.status_code == 422, "a cursor of another order is none of this list"
     one = seen[0]
     assert one["channels"] == list(space.channels(one["encoding"]))
     assert one["predicted_ms"] == {"bench": 1.0}
