@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,17 @@ class Bench:
             with transaction() as session:
                 device = devices.get(session, self.name)
                 leased = agents.lease(session, device, FACTS, 500, 60.0)
-                if not leased.works:
+                if not (works := self._taken(leased.works)):
                     break
-                outcomes = [self._outcome(work) for work in leased.works]
-                upload = hashlib.sha256(repr([w.id for w in leased.works]).encode()).hexdigest()[:32]
+                outcomes = [self._outcome(work) for work in works]
+                upload = hashlib.sha256(repr([w.id for w in works]).encode()).hexdigest()[:32]
                 agents.record(session, device, Batch(upload, leased.lease_id, canonical_sha(FACTS), outcomes))
                 done += len(outcomes)
         return done
+
+    def _taken(self, works: Sequence[Work]) -> Sequence[Work]:
+        """Of what was leased, what is answered."""
+        return works
 
     def _outcome(self, work: Work) -> Outcome:
         return Outcome(work.id, work.kind, work.key, self._value(work), values=[self._value(work)])
@@ -624,22 +628,10 @@ class Forgetful(Bench):
 
     skipped = ""
 
-    def measure(self) -> int:
-        done = 0
-        while not self.away:
-            with transaction() as session:
-                device = devices.get(session, self.name)
-                leased = agents.lease(session, device, FACTS, 500, 60.0)
-                checks = [w.key for w in leased.works if w.payload.get("purpose", "").startswith("check")]
-                self.skipped = self.skipped or next(iter(checks), "")
-                outcomes = [self._outcome(work) for work in leased.works if work.key != self.skipped]
-                if outcomes:
-                    batch = Batch(new_id(), leased.lease_id, canonical_sha(FACTS), outcomes)
-                    agents.record(session, device, batch)
-            if not outcomes:
-                break
-            done += len(outcomes)
-        return done
+    def _taken(self, works: Sequence[Work]) -> Sequence[Work]:
+        checks = (work.key for work in works if work.payload.get("purpose", "").startswith("check"))
+        self.skipped = self.skipped or next(checks, "")
+        return [work for work in works if work.key != self.skipped]
 
 
 def later(monkeypatch: pytest.MonkeyPatch, step: str) -> dict[str, float]:
