@@ -56,15 +56,18 @@ def make_app() -> Celery:
 
 app = make_app()
 _ringing = threading.Lock()
+TURN_SECONDS = 0.2
+"""How long a bell waits for the one before it, which takes milliseconds where the broker answers."""
 
 
 def ring(queue: str = JOBS) -> bool:
     """Tell a worker to look for work; False when the broker did not take the message (who needs it rings again).
 
     One bell of a process is rung at a time: a broker that accepts and never answers would hold every thread that
-    rings for seconds, and all of them say the same.
+    rings for seconds.
     """
-    if not _ringing.acquire(blocking=False):
+    if not _ringing.acquire(timeout=TURN_SECONDS):
+        log.warning("the doorbell did not ring: the one before has not been heard yet")
         return False
     try:
         app.send_task(DOORBELLS[queue], queue=queue, expires=60, retry=False)

@@ -62,8 +62,9 @@ def main(
     console, begun = Console(highlight=False, markup=False), time.monotonic()
     if not keep:
         _clear(home)
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (home / MARK).touch()
+    if not home.exists():
+        home.mkdir(parents=True, mode=0o700)
+        (home / MARK).touch()
     with _service(home.absolute(), console) as client:
         profiling = _profile(client, console)
         first = _search(client, console, "job 1", [_flops_budget(client)], measure_on=[THIS_MACHINE])
@@ -87,11 +88,12 @@ def _reason(job: Result) -> str:
 
 def _clear(home: Path) -> None:
     """Remove what an earlier demo left, and nothing else; no service may be using it."""
-    if home.exists() and any(home.iterdir()):
-        if not (home / MARK).exists():
-            raise DemoError(f"{home.absolute()} holds something else than a demo; remove it, or choose another --home")
-        with locked(home):
-            shutil.rmtree(home)
+    if not home.exists():
+        return
+    if any(home.iterdir()) and not (home / MARK).exists():
+        raise DemoError(f"{home.absolute()} holds something else than a demo; remove it, or choose another --home")
+    with locked(home):
+        shutil.rmtree(home)
 
 
 @contextmanager

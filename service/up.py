@@ -153,8 +153,8 @@ class Up:
             self._spawn(name, [sys.executable, "-m", *argv], env)
         with Client(self.url, key) as client:
             self._await_ready(client)
-            accepted = _accepted(client)
-        if not accepted:
+            known = _answers(client.devices, 401)
+        if not known:
             self.say(f"the key in {self.home / 'client.json'} is not known to this database: a new one is made")
             key, new = self._new_key(env), True
         with Client(self.url, key) as client:
@@ -245,7 +245,7 @@ class Up:
     def _token(self, client: Client) -> str:
         """This machine's agent token; the device is registered once, and again where it was removed."""
         path = self.home / "agent.json"
-        if (known := read_secret(path).get("token")) and _registered(client):
+        if (known := read_secret(path).get("token")) and _answers(lambda: client.device(THIS_MACHINE), 404):
             return str(known)
         try:
             device = client.add_device(THIS_MACHINE)
@@ -323,22 +323,12 @@ class Up:
         self.say("Ctrl-C stops everything.")
 
 
-def _accepted(client: Client) -> bool:
-    """Whether the service knows the key."""
+def _answers(question: Callable[[], object], refusal: int) -> bool:
+    """Whether a question is answered, and not refused with this status."""
     try:
-        client.devices()
+        question()
     except ServiceError as error:
-        if error.status != 401:
-            raise
-        return False
-    return True
-
-
-def _registered(client: Client) -> bool:
-    try:
-        client.device(THIS_MACHINE)
-    except ServiceError as error:
-        if error.status != 404:
+        if error.status != refusal:
             raise
         return False
     return True

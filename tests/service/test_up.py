@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import redis
 
 from latency_profiler.client import Client
 from latency_profiler.errors import ServiceError
-from service import demo
+from service import broker, demo
 from service.children import Child
 from service.up import SOCKET_PATH, Up, UpError, find_broker, locked
 
@@ -174,7 +176,35 @@ def test_a_bell_that_nobody_hears_holds_nobody_up(tmp_path: Path) -> None:
     assert float(seconds) < 4, "it was six seconds for every bell but the first"
 
 
-def test_a_demo_removes_a_former_demo_and_nothing_else(tmp_path: Path) -> None:
+def test_bells_that_ring_at_the_same_time_all_ring_and_a_silent_broker_holds_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent, hold = list[str](), threading.Event()
+
+    def send(task: str, **_: object) -> None:
+        sent.append(task)
+        hold.wait(0.01 if len(sent) < 9 else 30)
+
+    monkeypatch.setattr(broker.app, "send_task", send)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: broker.ring(), range(8))) == [True] * 8
+        assert len(sent) == 8
+        stuck = pool.submit(broker.ring)
+        assert eventually(lambda: len(sent) == 9, 10)
+        assert not broker.ring()
+        hold.set()
+        assert stuck.result(10)
+
+
+class Exhausted(Exception):
+    """No service is started here."""
+
+
+def test_a_demo_removes_a_former_demo_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> object:
+        raise Exhausted
+
+    monkeypatch.setattr(demo, "_service", refuse)
     service, former = tmp_path / "service", tmp_path / "former"
     for home in (service, former):
         with locked(home):
@@ -186,6 +216,12 @@ def test_a_demo_removes_a_former_demo_and_nothing_else(tmp_path: Path) -> None:
         demo._clear(former)
     demo._clear(former)
     assert (former.exists(), (service / "secateurs.db").exists()) == (False, True)
+    with pytest.raises(Exhausted):
+        demo.main(service, keep=True)
+    assert not (service / demo.MARK).exists(), "a service that a demo went on with is no demo's"
+    with pytest.raises(Exhausted):
+        demo.main(former)
+    assert (former / demo.MARK).exists()
     demo._clear(former)
 
 
