@@ -4,6 +4,8 @@ import torch
 
 from latency_profiler.errors import InvalidDataset
 from workers.datasets import Data, generator, prepare, split
+from workers.evaluation import Kept
+from workers.evaluation import kept as kept_ready
 
 CPU = torch.device("cpu")
 
@@ -59,3 +61,17 @@ def test_augmentation_shifts_and_mirrors(flip: bool) -> None:
     assert {k for k, _ in kinds} == set(range(9))
     mirrored = sum(m for _, m in kinds) / 300
     assert 0.4 < mirrored < 0.6 if flip else mirrored == 0
+
+
+def test_reading_images_as_they_are_says_that_it_goes_on() -> None:
+    said, pixels = list[int](), np.zeros((50, 4, 4, 3), dtype=np.uint8)
+    part = (pixels, np.arange(50) % 2)
+    data = prepare(part, part, 2, flip=False, validation=10, seed=0, told=lambda: said.append(1))
+    assert len(said) == 1, "the one chunk of the normalisation"
+    said.clear()
+    few = data.training.sample(20, 0)
+    assert isinstance(once := kept_ready(few, 4), Kept)
+    for images in (data.test, few, data.training.unaugmented(), once, once):
+        batches = len(list(images.plain(10, CPU)))
+        assert len(said) >= batches > 1
+        said.clear()

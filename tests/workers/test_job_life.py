@@ -41,7 +41,7 @@ from service.store.models import (
     now,
 )  # fmt: skip
 from service.store.session import transaction
-from workers import checkpoints
+from workers import checkpoints, datasets
 from workers.budget import Budget
 from workers.datasets import Data
 from workers.evolution import Evolution
@@ -264,22 +264,22 @@ def test_whatever_takes_long_with_many_images_says_that_it_goes_on(
     world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the supervisor takes it for hung, and a large dataset can never be trained on."""
-    said, decoding, load = list[object](), list[object](), images.load
-
-    class Counting(Console):
-        def say(self, progress: dict[str, Any] | None = None) -> None:
-            said.append(progress)
+    told, load, prepare = list[object](), images.load, datasets.prepare
 
     def loaded(*about: Any) -> images.Images:
-        decoding.append(about[-1])
+        told.append(about[-1])
         return load(*about)
 
+    def prepared(*about: Any, **more: Any) -> Data:
+        told.append(more["told"])
+        return prepare(*about, **more)
+
     monkeypatch.setattr(images, "load", loaded)
-    console = Counting()
-    job = run(submit(flops_bound(0.4), search={"generations": 1, "population": 6}), console=console)
-    assert job.state is JobState.SUCCEEDED
-    assert decoding == [console.say]
-    assert said.count(None) > 6, "every pass over images of every candidate"
+    monkeypatch.setattr("workers.steps.context.prepare", prepared)
+    console = Console()
+    context = Context(take(submit(flops_bound(0.4))), get_settings(), console)
+    assert len(context.data.test) > 0
+    assert told == [console.say] * 2
 
 
 def test_a_pruning_net_of_another_environment_makes_a_job_not_reproducible(

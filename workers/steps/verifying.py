@@ -67,7 +67,7 @@ def _store(context: Context, job: Job, found: dict[str, dict[str, float]]) -> No
         for trial in job.memory["queue"]:
             row = results.find(session, job.id, trial["structure_id"], Role(trial["role"]), trial["method"])
             if row is not None:
-                results.measured(session, row.id, {**row.measured, **found.get(trial["structure_id"], {})})
+                results.measured(session, row.id, found.get(trial["structure_id"], {}))
 
 
 def _beyond(context: Context, job: Job, found: dict[str, dict[str, float]]) -> list[str]:
