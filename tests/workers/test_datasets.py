@@ -5,7 +5,6 @@ import torch
 from latency_profiler.errors import InvalidDataset
 from workers.datasets import Data, generator, prepare, split
 from workers.evaluation import Kept
-from workers.evaluation import kept as kept_ready
 
 CPU = torch.device("cpu")
 
@@ -70,7 +69,7 @@ def test_reading_images_as_they_are_says_that_it_goes_on() -> None:
     assert len(said) == 1, "the one chunk of the normalisation"
     said.clear()
     few = data.training.sample(20, 0)
-    assert isinstance(once := kept_ready(few, 4), Kept)
+    once = Kept(few)
     for images in (data.test, few, data.training.unaugmented(), once, once):
         batches = len(list(images.plain(10, CPU)))
         assert len(said) >= batches > 1
