@@ -129,10 +129,17 @@ class CostModel:
     """
 
     def __init__(self, space: Space) -> None:
+        self._widths = np.array(space.choices)
+        self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
         self._slots = [(unit.source, unit.target, unit.features) for unit in space.units]
         layers = space.layers([slot.base for slot in space.slots])
         self._flops = [_coefficients(layer, layer_flops) for layer in layers]
         self._parameters = [_coefficients(layer, layer_parameters) for layer in layers]
+
+    def channels(self, encodings: Ints) -> Ints:
+        """Channels (n, s) of encodings (n, g)."""
+        chosen = self._widths[np.arange(len(self._widths)), encodings]
+        return np.concatenate([chosen, np.broadcast_to(self._fixed, (len(encodings), len(self._fixed)))], axis=1)
 
     def flops(self, channels: Ints) -> Ints:
         """Multiply-adds (n,) of channels (n, s)."""

@@ -11,6 +11,7 @@ pool at its end, which therefore counts nothing.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from latency_profiler.layers import Activation, Layer, Node, Op
 from latency_profiler.spaces.space import IMAGE
@@ -49,10 +50,9 @@ def _stems(layer: Layer) -> tuple[Node, ...]:
     if layer.op is Op.CONV and layer.c_in == IMAGE_CHANNELS and layer.kernel > 1 and not layer.residual:
         return ()
     widths = [layer.c_out, layer.c_in] if layer.residual and layer.c_out != layer.c_in else [layer.c_in]
-    inputs = [STEM_CHANNELS, *widths]
     return tuple(
         Node(f"stem{at}", _pointwise(c_in, c_out, layer.size), at - 1 if at else IMAGE, None)
-        for at, (c_in, c_out) in enumerate(zip(inputs, widths, strict=False))
+        for at, (c_in, c_out) in enumerate(pairwise([STEM_CHANNELS, *widths]))
     )
 
 

@@ -15,12 +15,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase, RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal, Protocol
 
-from latency_profiler.errors import InvalidDataset, SecateursError
+from latency_profiler.errors import InvalidDataset
 
 MIB = 2**20
 BROKEN = (
@@ -233,20 +234,15 @@ def _raised(error: OSError) -> None:
     raise error
 
 
-class readable:  # noqa: N801 - a context manager, used like a function
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
     """Turns what files raise that are damaged, or not for the service to read, into InvalidDataset."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, PermissionError):
-            raise InvalidDataset(
-                f"{Path(error.filename or self._path).name!r} is not for the service to read: give its user "
-                f"(id {os.geteuid()}) permission"
-            ) from error
-        if isinstance(error, BROKEN) and not isinstance(error, SecateursError):
-            raise InvalidDataset(f"{self._path.name!r} is damaged or no such archive: {error}") from error
+    try:
+        yield
+    except PermissionError as error:
+        raise InvalidDataset(
+            f"{Path(error.filename or path).name!r} is not for the service to read: give its user "
+            f"(id {os.geteuid()}) permission"
+        ) from error
+    except BROKEN as error:
+        raise InvalidDataset(f"{path.name!r} is damaged or no such archive: {error}") from error

@@ -38,8 +38,6 @@ def read(path: Path, pixels: bool = True) -> dict[str, tuple[Pixels, Labels]]:
                 )
                 for part in ("train", "val", "test") if f"{part}_images" in file
             }  # fmt: skip
-    except InvalidDataset:
-        raise
     except (*BROKEN, KeyError, TypeError, MemoryError, tokenize.TokenError) as error:
         raise InvalidDataset(
             f"{path.name!r} cannot be read: {error}; it must hold plain arrays train_images, train_labels, "

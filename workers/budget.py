@@ -63,9 +63,7 @@ class Budget:
         self._fills, self._uniform = fills and self.timed, not fills
         self._costs = CostModel(space)
         self._latencies = {latency: LatencyModel(table, space) for latency, table in tables.items()}
-        self._widths = np.array(space.choices)
-        self._narrowest = least_choices(self._widths)
-        self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
+        self._narrowest = least_choices(np.array(space.choices))
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
         for bound in constraints:
             if bound.minimum > bound.maximum:  # by the margin that a maximum is lowered by
@@ -82,8 +80,7 @@ class Budget:
 
     def channels(self, encodings: Genes) -> Ints:
         """Channels (n, s) of encodings (n, g)."""
-        chosen = self._widths[np.arange(len(self._widths)), encodings]
-        return np.concatenate([chosen, np.broadcast_to(self._fixed, (len(encodings), len(self._fixed)))], axis=1)
+        return self._costs.channels(encodings)
 
     def costs(self, encodings: Genes) -> Costs:
         """What encodings (n, g) cost."""
@@ -110,7 +107,7 @@ class Budget:
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
         """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
         if self._uniform:
-            drawn = rng.integers(0, CHOICES, (UNIFORM, len(self._widths)), dtype=np.int64)
+            drawn = rng.integers(0, CHOICES, (UNIFORM, len(self.space.genes)), dtype=np.int64)
             if len(kept := drawn[self.feasible(drawn)]) >= count:
                 return self._canonical(kept[:count])
         drawn = sample(

@@ -100,7 +100,7 @@ class Judged:
 class Evolution:
     """One search: alternate `propose` and `tell` until `done`.
 
-    All proposals are feasible, also for a search that was reopened or read back under other constraints.
+    All proposals are feasible, also for a search that was read back under other constraints.
     """
 
     def __init__(self, settings: Settings, seed: int, limits: Limits) -> None:
@@ -144,11 +144,6 @@ class Evolution:
         self.judged += [Judged(proposal, score, self.generation) for proposal, score in pairs]
         self.generation += 1
         self._pending = None
-
-    def reopen(self, limits: Limits, generations: int) -> None:
-        """Search on under other constraints: judged candidates that satisfy them stay, more generations follow."""
-        self.limits, self._pending = limits, None
-        self.generations, self.exhausted, self.exhaustive = self.generation + generations, False, None
 
     def ranking(self) -> list[Judged]:
         """Feasible candidates, best first; ties by age."""

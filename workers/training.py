@@ -346,9 +346,7 @@ class Structures:
 
     def __init__(self, space: Space, band: tuple[float, float] | None, seed: int, widening: int = 0) -> None:
         self._space, self._band, self._seed, self._widening = space, band, seed, widening
-        self._model, self._widths = CostModel(space), np.array(space.choices)
-        self._fixed = np.array([slot.base for slot in space.fixed], dtype=np.int64)
-        self._narrowest = least_choices(self._widths)
+        self._model, self._narrowest = CostModel(space), least_choices(np.array(space.choices))
         self._drawn: tuple[int, Genes] | None = None
 
     def at(self, iteration: int) -> tuple[int, ...]:
@@ -381,6 +379,4 @@ class Structures:
         return drawn
 
     def _flops(self, encodings: Genes) -> npt.NDArray[np.float64]:
-        chosen = self._widths[np.arange(len(self._widths)), encodings]
-        fixed = np.broadcast_to(self._fixed, (len(encodings), len(self._fixed)))
-        return self._model.flops(np.concatenate([chosen, fixed], axis=1)).astype(np.float64)
+        return self._model.flops(self._model.channels(encodings)).astype(np.float64)

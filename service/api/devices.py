@@ -14,7 +14,7 @@ from latency_profiler.lookup_table import Fit
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
 from service.api.auth import Reader, Submitter
 from service.api.problems import responses
-from service.fields import Model, Name
+from service.fields import Model, Name, Text
 from service.store import devices, measurements, repricing, work
 from service.store.measurements import Progress
 from service.store.models import Device, LookupTable, WorkState
@@ -24,13 +24,6 @@ router = APIRouter(prefix="/devices", tags=["devices"])
 DevicePath = Annotated[Name, Path()]
 LARGEST_FACTS = 64 << 10
 DEEPEST_FACTS = 32
-
-
-def _storable(text: str) -> str:
-    """A text that every database can store."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("must not contain NUL or lone surrogates")
-    return text
 
 
 def _storable_facts(facts: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +51,6 @@ def _inside(value: Any) -> list[Any]:
     return [one for one in values if isinstance(one, dict | list)]
 
 
-Text = Annotated[str, AfterValidator(_storable)]
 Facts = Annotated[dict[str, Any], AfterValidator(_storable_facts)]
 Seconds = Annotated[float, Field(ge=1e-12, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]

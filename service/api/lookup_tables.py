@@ -13,9 +13,9 @@ from latency_profiler.survey import Survey, survey
 from latency_profiler.terms import is_term
 from service import broker
 from service.api.auth import Reader, Submitter
-from service.api.devices import DevicePath, Facts, Seconds, Share, Spread, Text
+from service.api.devices import DevicePath, Facts, Seconds, Share, Spread
 from service.api.problems import responses
-from service.fields import Model
+from service.fields import Model, Text
 from service.store import devices, exchange, measurements
 from service.store.session import snapshot, transaction
 

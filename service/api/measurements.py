@@ -8,9 +8,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from service import broker
 from service.api.auth import Agent
-from service.api.devices import DevicePath, Facts, Seconds, Spread, Text
+from service.api.devices import DevicePath, Facts, Seconds, Spread
 from service.api.problems import responses
-from service.fields import Model
+from service.fields import Model, Text
 from service.settings import get_settings
 from service.store import agents, devices
 from service.store.agents import Batch, Outcome

@@ -3,7 +3,7 @@
 A device holds its host like a lease: it expires, is renewed while the agent measures, and given back with the results.
 """
 
-from sqlalchemy import and_, case, null, or_, select, update
+from sqlalchemy import and_, case, null, or_, update
 from sqlalchemy.orm import Session
 
 from service.store.bulk import insert_missing
@@ -51,8 +51,3 @@ def release(session: Session, device: Device) -> None:
         update(Host).where(Host.device_id == device.id).values(device_id=None, lease_until=0.0),
         execution_options={"synchronize_session": False},
     )
-
-
-def holder(session: Session, host: str) -> str | None:
-    """Id of the device that measures on a host."""
-    return session.scalar(select(Host.device_id).where(Host.id == host, Host.lease_until >= now()))

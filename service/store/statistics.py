@@ -6,9 +6,8 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from service.store import jobs
+from service.store.devices import ALIVE_SECONDS
 from service.store.models import Candidate, Device, Job, JobState, now
-
-FRESH_SECONDS = 60.0
 
 
 class Statistics(NamedTuple):
@@ -30,7 +29,7 @@ def read(session: Session) -> Statistics:
 
 
 def _devices(session: Session) -> dict[str, int]:
-    fresh = case((Device.beat_at.is_(None), "never"), (Device.beat_at > now() - FRESH_SECONDS, "fresh"), else_="away")
+    fresh = case((Device.beat_at.is_(None), "never"), (Device.beat_at > now() - ALIVE_SECONDS, "fresh"), else_="away")
     counts = {"fresh": 0, "away": 0, "never": 0}
     counts.update((kind, count) for kind, count in session.execute(select(fresh, func.count()).group_by(fresh)))
     return counts

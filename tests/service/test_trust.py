@@ -8,9 +8,9 @@ from sqlalchemy import select, update
 
 from latency_profiler.calibration import HELD_OUT, MOST_MARGIN, MOST_MEAN_ERROR, REPEATED, Trust, fit_networks, judge
 from latency_profiler.lookup_table import Fit
-from service.store import agents, canaries, devices, hosts, measurements
+from service.store import agents, canaries, devices, measurements
 from service.store.agents import Batch, Outcome
-from service.store.models import Device, Host, LookupTable, Measurement, Work, WorkKind, WorkState, now
+from service.store.models import Host, LookupTable, Measurement, Work, WorkKind, WorkState, now
 from service.store.session import transaction
 from tests.service.test_measurements import FACTS, OTHER_FACTS, SPACE, register, seconds_of
 
@@ -314,7 +314,7 @@ def test_a_host_passes_on_when_its_device_dies_and_stays_while_it_measures(datab
     expire(-1.0)
     assert b.ask()
     with transaction() as session:
-        assert hosts.holder(session, "host") == session.scalars(select(Device.id).filter_by(name="b")).one()
+        assert session.scalars(select(Host.device_id)).one() == devices.get(session, "b").id
     held = [work.id for work in a.works]
     a.hand_in()
     assert not a.ask(), "b still measures, whatever a hands in late"

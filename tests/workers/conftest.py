@@ -1,7 +1,13 @@
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
+from sqlalchemy import select
 
+from service.settings import get_settings
+from service.store.models import Dataset
+from service.store.session import transaction
 from workers.datasets import Data, prepare
 
 
@@ -23,3 +29,16 @@ def data() -> Data:
     labels = np.tile(np.arange(4), 60)
     pixels = np.clip(random.normal(40 + 50 * labels[:, None, None, None], 20, (240, 8, 8, 3)), 0, 255).astype(np.uint8)
     return prepare((pixels, labels), (pixels[:80], labels[:80]), 4, flip=True, validation=40, seed=0)
+
+
+@pytest.fixture
+def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("SECATEURS_THREADS", "1")
+    get_settings.cache_clear()
+    with transaction() as session:
+        if session.scalar(select(Dataset).where(Dataset.name == "digits")) is None:
+            facts = {"classes": 10, "train_images": 1437, "test_images": 360, "image_size": 8}
+            session.add(Dataset(name="digits", kind="digits", **facts))
+    yield
+    torch.set_num_threads(threads)

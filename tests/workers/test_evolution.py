@@ -227,7 +227,9 @@ def test_candidates_apart_are_the_best_and_those_least_like_one_another() -> Non
 def test_reopened_under_a_tighter_budget() -> None:
     search = ran(0)
     loose = search.winner()
-    search.reopen(Weight(90), 3)
+    saved = search.to_json()
+    saved["generations"] += 3
+    search = Evolution.from_json(saved, Weight(90))
     kept = search.ranking()
     assert all(sum(one.proposal.encoding) <= 90 for one in kept)
     before = len(search.judged)

@@ -12,7 +12,7 @@ from service.methods import CollaborativeSpec, InterspaceSpec, MagnitudeSpec
 from service.store import blobs, results
 from service.store.models import Candidate, Job, JobState, Result, Role
 from service.store.session import transaction
-from tests.workers.test_job_life import (
+from tests.workers.whole_jobs import (
     SPACE,
     Bench,
     Console,
@@ -24,7 +24,6 @@ from tests.workers.test_job_life import (
     read,
     run,
     submit,
-    world,
 )
 from workers import checkpoints
 from workers.networks import PlainNetwork
@@ -34,9 +33,8 @@ from workers.pruners.interspace_settings import InterspaceSettings
 from workers.pruners.masks import sparse_flops
 from workers.pruners.schedule import MagnitudeSettings
 
-__all__ = ["world"]
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-"""What is stored is stored as by every job; those of `test_job_life` run on both databases."""
+"""What is stored is stored as by every job; those of `test_job_*` run on both databases."""
 WEIGHTS = sum(layer_flops(layer) // layer.out_size**2 for layer in SPACE.layers(SPACE.channels(SPACE.largest)))
 QUICK: dict[str, Any] = {
     "dense": {"epochs": 1}, "collaborative": {"images": 64, "fine_tuning": {"epochs": 1}},

@@ -12,9 +12,8 @@ from service.store.candidates import space_arguments
 from service.store.measurements import canonical_sha
 from service.store.models import JobState, TableFit, Work, WorkKind
 from service.store.session import transaction
-from tests.workers.test_job_life import FACTS, SPACE, Bench, latency_bound, run, submit, world
+from tests.workers.whole_jobs import FACTS, SPACE, Bench, latency_bound, run, submit
 
-__all__ = ["world"]
 TAIL = 1.4
 """Nine of ten runs of a network take no longer than so many medians."""
 

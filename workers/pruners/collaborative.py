@@ -89,11 +89,6 @@ class CollaborativePruner:
         """Iterations behind, of all stages."""
         return sum(self._totals[: self._place]) + (self._stage.done if self._stage else 0)
 
-    @property
-    def phase(self) -> str:
-        """The stage that it is in."""
-        return self._plan[min(self._place, len(self._plan) - 1)].name
-
     def latest(self) -> dict[str, float]:
         """What the stage tells of its last epoch."""
         return self._stage.latest() if self._stage else {}

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from latency_profiler.layers import Op
-from latency_profiler.spaces.space import Slot
+from latency_profiler.spaces.space import WEIGHTED, Slot
 from workers.networks import PlainNetwork
 
 Gate = Literal["activation", "weight", "centred"]
 DENSE = (Op.CONV, Op.LINEAR)
-WEIGHTED = (Op.CONV, Op.DEPTHWISE, Op.LINEAR)
 
 
 def gated(network: PlainNetwork, gates: Mapping[int, Tensor], kind: Gate) -> Callable[[int, Tensor], Tensor]:

@@ -91,8 +91,8 @@ def _pin(context: Context, job: Job) -> Outcome:
     margins = {name: verdicts[name].margin for name in pinned}
     noise = {name: verdicts[name].noise for name in pinned}
     memory = {**job.memory, "tables": pinned, "margins": margins, "noise": noise, "corrections": {}, "round": 0}
-    warnings = [] if UNSTRUCTURED.issuperset(context.spec.methods) else _sized(context, job, memory)
-    memory["sounded"] = _drawn(context, job, memory)
+    warnings = [] if UNSTRUCTURED.issuperset(context.spec.methods) else _sized(context, memory)
+    memory["sounded"] = _drawn(context, memory)
     with transaction() as session:
         for sha256 in pinned.values():
             blobs.register(session, sha256)
@@ -104,11 +104,11 @@ def _pin(context: Context, job: Job) -> Outcome:
     return _go_on(context, job, memory, warnings, verdicts, {})
 
 
-def _drawn(context: Context, job: Job, memory: dict[str, Any]) -> list[list[int]]:
+def _drawn(context: Context, memory: dict[str, Any]) -> list[list[int]]:
     """Channels of networks that a search begins with; none where no latency is constrained, or nothing is repaired."""
     if not context.constrained or not context.spec.search.repair:
         return []
-    budget, _ = _budget(context, job, memory)
+    budget, _ = _budget(context, memory)
     drawn = budget.sample(SOUNDED, numpy_generator(context.spec.seed, "sounded"))
     return [list(map(int, channels)) for channels in budget.channels(drawn)]
 
@@ -134,7 +134,7 @@ def _sound(context: Context, job: Job) -> Outcome:
         "corrections": {name: one["correction"] for name, one in sounded.items()},
         "margins": memory["margins"] | {name: one["margin"] for name, one in sounded.items()}, "since": None,
     }  # fmt: skip
-    _, warnings = _budget(context, job, memory) if sounded else (None, [])
+    _, warnings = _budget(context, memory) if sounded else (None, [])
     return _go_on(context, job, memory, warnings, verdicts, sounded)
 
 
@@ -181,7 +181,7 @@ def _corrections(
     return sounded
 
 
-def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
+def _sized(context: Context, memory: dict[str, Any]) -> list[str]:
     """Note the FLOPs of networks at the ends of what is searched; returns warnings.
 
     They are by the table alone, so that jobs which differ in nothing else share a PruningNet whatever they measure
@@ -192,7 +192,7 @@ def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
     Raises:
         NothingFeasible: no structure is found that satisfies all constraints together.
     """
-    budget, warnings = _budget(context, job, memory)
+    budget, warnings = _budget(context, memory)
     doubtful = len(context.constraints) > 1 or any(bound.minimum for bound in context.constraints)
     if METAPRUNING in context.spec.methods and doubtful and budget.empty(context.spec.seed):
         raise NothingFeasible
@@ -207,15 +207,14 @@ def _sized(context: Context, job: Job, memory: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _budget(context: Context, job: Job, memory: dict[str, Any]) -> tuple[Budget, list[str]]:
+def _budget(context: Context, memory: dict[str, Any]) -> tuple[Budget, list[str]]:
     """The job's budget; without margins, and with a warning, where they alone would make it infeasible."""
-    job.memory = memory
     try:
         context.search_budget(memory)
-        return context.budget(job), []
+        return context.budget_of(memory), []
     except InfeasibleConstraint:
         memory["margins"] = memory["noise"] = dict.fromkeys(memory["margins"], 0.0)
-        budget = context.budget(job)
+        budget = context.budget_of(memory)
         return budget, [
             "the budget is so near to the smallest structure that the table's error leaves no safety margin"
         ]
