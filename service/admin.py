@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 import migrations
 from latency_profiler.errors import SecateursError
 from service.settings import get_settings
-from service.store import keys
+from service.store import devices, keys
 from service.store.session import get_engine, transaction
 
 
@@ -87,6 +87,10 @@ def _run(options: argparse.Namespace) -> str:
             check_schema()
             with transaction() as session:
                 return keys.create_key(session, options.name, options.scope)[1]
+        case "new-token":
+            check_schema()
+            with transaction() as session:
+                return devices.new_token(session, options.device)
         case "revoke-key":
             check_schema()
             with transaction() as session:
@@ -106,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     create = commands.add_parser("create-key", help="issue an API key; it is printed once")
     create.add_argument("--name", required=True)
     create.add_argument("--scope", action="append", required=True, choices=sorted(keys.IMPLIED))
+    token = commands.add_parser("new-token", help="replace the token of a device's agent; it is printed once")
+    token.add_argument("device", help="its name")
     revoke = commands.add_parser("revoke-key", help="make a key worthless at once")
     revoke.add_argument("prefix", help="the part between `sct_` and the next `_`")
     return parser

@@ -23,10 +23,8 @@ from service.api import (
     structures,
 )  # fmt: skip
 from service.api.auth import authenticate
-from service.api.traffic import Traffic
+from service.api.traffic import MAX_BODY, Traffic
 
-MAX_BODY = 1 << 20
-"""Bytes of a request's body, counted as they arrive; routes that take tables and measurements allow more."""
 ROUTERS = (
     spaces.router, datasets.router, devices.router, lookup_tables.router, measurements.router, jobs.router,
     pruning_nets.router, structures.router,

@@ -11,21 +11,28 @@ import time
 
 from service import broker
 from service.settings import get_settings
-from service.store import idempotency, jobs, repricing, skybands
+from service.store import blobs, idempotency, jobs, repricing, skybands
 from service.store.repricing import Due, Walk
 from service.store.session import DATABASE_AWAY, snapshot, transaction
 
 log = logging.getLogger(__name__)
 MOST_RINGS = 16
+SWEEP_SECONDS = 3600.0
+"""How often files are looked for that nobody has registered."""
 PRICING_SECONDS = 5.0
 """Time for pricing in each round: enough to read a table and have time left to use it."""
 
 
 def reconcile() -> int:
-    """One round; returns how many jobs wait for a worker."""
-    with snapshot() as session:
+    """One round; returns how many jobs wait for a worker.
+
+    As many bells lie in the queue as jobs wait, and no more however long no worker comes.
+    """
+    with transaction() as session:
+        jobs.end_cancelled(session)
         waiting, _ = jobs.claimable(session)
-    for _ in range(min(waiting, MOST_RINGS)):
+    wanted = min(waiting, MOST_RINGS)
+    for _ in range(wanted - broker.unheard() if wanted else 0):
         if not broker.ring():
             break
     return waiting
@@ -82,10 +89,14 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    period, done, walks = get_settings().reconcile_seconds, True, dict[Due, Walk]()
+    period, done, walks, swept = get_settings().reconcile_seconds, True, dict[Due, Walk](), -SWEEP_SECONDS
     while not stop.wait(period if done else 0.0):
         try:
             reconcile()
+            if time.monotonic() - swept > SWEEP_SECONDS:
+                swept = time.monotonic()
+                with snapshot() as session:
+                    blobs.sweep(session)
             with transaction() as session:
                 idempotency.sweep(session)
             seconds = max(period, PRICING_SECONDS)

@@ -166,7 +166,7 @@ class Up:
         """The token travels in the environment: every user of a machine can read its command lines."""
         argv = ["latency_profiler.agent", "--server", self.url, "--device", THIS_MACHINE,
                 "--spool", str(self.home / "spool")]  # fmt: skip
-        self._spawn("agent", [sys.executable, "-m", *argv], {**env, "SECATEURS_TOKEN": self._token(client)})
+        self._spawn("agent", [sys.executable, "-m", *argv], {**env, "SECATEURS_TOKEN": self._token(client, env)})
 
     def _services(self) -> list[list[str]]:
         return [
@@ -242,20 +242,28 @@ class Up:
         save(self.home / "client.json", json.dumps({"server": self.url, "key": key}).encode())  # for this user only
         return key
 
-    def _token(self, client: Client) -> str:
-        """This machine's agent token; the device is registered once, and again where it was removed."""
+    def _token(self, client: Client, env: Mapping[str, str]) -> str:
+        """This machine's agent token; the device is registered once, and again where it was removed.
+
+        A note that it is being registered goes before: after a kill in between, its token is replaced.
+        """
         path = self.home / "agent.json"
-        if (known := read_secret(path).get("token")) and _answers(lambda: client.device(THIS_MACHINE), 404):
-            return str(known)
+        known = read_secret(path)
+        if known.get("token") and _answers(lambda: client.device(THIS_MACHINE), 404):
+            return str(known["token"])
+        save(path, json.dumps({"device": THIS_MACHINE}).encode())
         try:
-            device = client.add_device(THIS_MACHINE)
+            token = client.add_device(THIS_MACHINE)["token"]
         except ServiceError as error:
-            raise UpError(
-                f"device {THIS_MACHINE!r} cannot be registered ({error}); if its token is lost, start with --no-agent "
-                f"and run: secateurs devices remove {THIS_MACHINE}"
-            ) from error
-        save(path, json.dumps({"device": THIS_MACHINE, "token": device["token"]}).encode())
-        return str(device["token"])
+            if error.status != 409 or "device" not in known:
+                path.unlink()
+                raise UpError(
+                    f"device {THIS_MACHINE!r} cannot be registered ({error}); if its token is lost, start with "
+                    f"--no-agent and run: secateurs devices remove {THIS_MACHINE}"
+                ) from error
+            token = self._admin(env, "new-token", THIS_MACHINE)
+        save(path, json.dumps({"device": THIS_MACHINE, "token": token}).encode())
+        return str(token)
 
     def _spawn(self, name: str, argv: list[str], env: Mapping[str, str]) -> None:
         child = Child(name, argv, env, self.home / "logs" / f"{name}.log")

@@ -8,6 +8,7 @@ the job, the others train with it. The death of one ends all, and they die with 
 """
 
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -35,6 +36,10 @@ PR_SET_PDEATHSIG = 1
 PATIENCE = 20.0
 """Seconds for which a runner waits itself before it gives the job back: starting another one costs about three."""
 POLL = 0.5
+LOST_SECONDS, FULL_SECONDS = 2.0, 60.0
+"""Until another runner tries what one could not do, and what one had no room on the disk for."""
+LONGEST = 1000
+"""Characters of a reason."""
 AWAY_SECONDS = 600.0
 """For which the database may have been away, a long step included; the supervisor stops who has lost the lease."""
 
@@ -87,6 +92,12 @@ def main(job_id: str, owner: str, fence: str, parent: str) -> int:
     except SecateursError as error:
         log.exception("job %s failed", job_id)
         _fail(claim, error)
+    except Exception as error:
+        if team is not ALONE:
+            raise  # the launcher ends the others, and the supervisor sees that
+        log.exception("job %s: its runner cannot go on", job_id)
+        _lose(claim, error)
+        return 1
     team.tell(None)
     return 0
 
@@ -128,6 +139,21 @@ def _give_back(claim: Claim, seconds: float) -> None:
 def _fail(claim: Claim, error: SecateursError) -> None:
     with suppress(LeaseLost), transaction() as session:
         jobs.finish(session, claim, JobState.FAILED, error=_problem(error))
+
+
+def _lose(claim: Claim, error: Exception) -> None:
+    """Give the job back with the reason; one that waits for room on the disk loses no attempt."""
+    full = _disk_is_full(error)
+    with suppress(LeaseLost, *DATABASE_AWAY), transaction() as session:
+        if full:
+            jobs.excuse(session, claim)
+        jobs.lose(session, claim, f"{type(error).__name__}: {error}"[:LONGEST], FULL_SECONDS if full else LOST_SECONDS)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Also where a library has made its own error of the system's."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def bound_to(parent: int) -> bool:

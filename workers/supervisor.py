@@ -183,7 +183,8 @@ def _progress(line: bytes) -> dict[str, Any] | None:
 
 
 def _watch(watch: Watch, claim: Claim, stopping: Callable[[], bool]) -> None:
-    """Until the job's runner ends, then record how."""
+    """Until the job's runner ends, then record how; an attempt that was told to stop does not count."""
+    told = False
     while watch.listen():
         if watch.beat():
             _kill(watch.runner)
@@ -196,8 +197,12 @@ def _watch(watch: Watch, claim: Claim, stopping: Callable[[], bool]) -> None:
             return
         if stopping():
             watch.runner.send_signal(signal.SIGTERM)
+            told = told or _excused(claim)
     code = watch.runner.wait()
-    if code:
+    if code == -signal.SIGTERM and told:  # before it could listen
+        with transaction() as session:
+            jobs.release(session, claim)
+    elif code:
         _lose(claim, f"the runner ended with {_name(code)}")
 
 
@@ -209,6 +214,14 @@ def _attend(watch: Watch, stopping: Callable[[], bool]) -> int:
         if watch.hung:
             _kill(watch.runner)
     return watch.runner.wait()
+
+
+def _excused(claim: Claim) -> bool:
+    """Whether the job knows that its runner was told to stop."""
+    with suppress(*DATABASE_AWAY), transaction() as session:
+        jobs.excuse(session, claim)
+        return True
+    return False
 
 
 def _lose(claim: Claim, reason: str) -> None:

@@ -9,9 +9,10 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.fields import Name
 from service.store import keys
-from service.store.session import snapshot
+from service.store.session import DATABASE_AWAY, snapshot
 
 Scope = Literal["read", "submit", "admin"]
+AUTHENTICATE = {"WWW-Authenticate": 'Bearer realm="secateurs"'}
 bearer = HTTPBearer(auto_error=False, description="an API key `sct_…`, or a device's token `scd_…`")
 
 
@@ -29,12 +30,26 @@ def authenticate(credentials: Annotated[HTTPAuthorizationCredentials | None, Dep
     """The caller, or 401."""
     if credentials is None:
         raise _unauthorized("send your API key in the header `Authorization: Bearer …`")
-    with snapshot() as session:
-        if user := keys.find_user(session, credentials.credentials):
-            return Caller(user.id, user.name, "user", keys.allowed(user.scopes))
-        if device := keys.find_device(session, credentials.credentials):
-            return Caller(device.id, device.name, "device", frozenset())
+    if caller := _caller(credentials.credentials):
+        return caller
     raise _unauthorized("this key is unknown or revoked")
+
+
+def is_known(header: str) -> bool:
+    """Whether an `Authorization` header is anybody's; yes where the database is away: whoever needs it says so."""
+    try:
+        return _caller(header.partition(" ")[2].strip()) is not None
+    except DATABASE_AWAY:
+        return True
+
+
+def _caller(secret: str) -> Caller | None:
+    with snapshot() as session:
+        if user := keys.find_user(session, secret):
+            return Caller(user.id, user.name, "user", keys.allowed(user.scopes))
+        if device := keys.find_device(session, secret):
+            return Caller(device.id, device.name, "device", frozenset())
+    return None
 
 
 Authenticated = Annotated[Caller, Depends(authenticate)]
@@ -65,4 +80,4 @@ Agent = Annotated[Caller, Depends(current_device)]
 
 
 def _unauthorized(detail: str) -> HTTPException:
-    return HTTPException(401, detail, {"WWW-Authenticate": 'Bearer realm="secateurs"'})
+    return HTTPException(401, detail, AUTHENTICATE)

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service import admin
 from service.api.problems import RETRY_SECONDS, ProblemResponse, declared, problem
 from service.store import statistics
-from service.store.session import snapshot
+from service.store.session import snapshot, takes_writes
 
 router = APIRouter(tags=["health"])
 
@@ -40,14 +40,18 @@ def alive() -> Alive:
 
 @router.get("/readyz", response_model=Ready, responses={503: declared(503)})
 def ready(request: Request) -> Ready | ProblemResponse:
-    """Whether the database answers and has this version's schema, and whether the broker took the last message."""
+    """Whether the database answers, takes writes and has this schema, and whether the broker took the last message."""
     try:
         admin.check_schema()
+        writable = takes_writes()
     except admin.SchemaMismatch as error:
         return problem(503, "schema-mismatch", str(error))
     except SQLAlchemyError as error:
         detail = f"the database does not answer ({type(error).__name__})"
         return problem(503, "database-unavailable", detail, {"Retry-After": str(RETRY_SECONDS)})
+    if not writable:
+        retry = {"Retry-After": str(RETRY_SECONDS)}
+        return problem(503, "database-unavailable", "the database takes no writes", retry)
     rang = getattr(request.app.state, "rang", None)
     return Ready(broker="not asked yet" if rang is None else "ok" if rang else "silent")
 

@@ -12,8 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from latency_profiler.errors import (
@@ -30,6 +29,7 @@ from service.store.agents import FingerprintMismatch, UploadConflict
 from service.store.devices import DeviceInUse
 from service.store.idempotency import KeyReused, RequestInFlight
 from service.store.jobs import JobStateConflict
+from service.store.session import DATABASE_AWAY
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 2
@@ -133,7 +133,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(DataError, _unstorable)
-    for unavailable in (OperationalError, InterfaceError, PoolTimeout):
+    for unavailable in DATABASE_AWAY:
         app.add_exception_handler(unavailable, _unavailable)
 
 

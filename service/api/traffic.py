@@ -1,5 +1,6 @@
 """What happens around every request: its id, one log line, its metrics, and the last line of defence."""
 
+import asyncio
 import json
 import logging
 import re
@@ -7,15 +8,22 @@ import time
 import uuid
 
 from prometheus_client import Counter, Histogram
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.auth import AUTHENTICATE, is_known
 from service.api.problems import MEDIA_TYPE, problem
 
 REQUESTS = Counter("secateurs_requests", "Answered requests", ["method", "route", "status"])
 SECONDS = Histogram("secateurs_request_seconds", "Seconds until an answer was complete", ["method", "route"])
+MAX_BODY = 1 << 20
+"""Bytes of a request's body, counted as they arrive; routes that take tables and measurements allow more."""
+BODY_SECONDS, LEAST_RATE = 30.0, 16_384
+"""A body may take so long, and a second more for every so many bytes of it."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 GIVEN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 log = logging.getLogger("secateurs.access")
@@ -34,7 +42,7 @@ class Traffic:
             return
         exchange = _Exchange(scope, receive, send)
         try:
-            await self.app(scope, receive, exchange.send)
+            await self.app(scope, exchange.receive, exchange.send)
         except Exception:
             log.exception("request %s failed", exchange.id)
             if exchange.status is not None:
@@ -53,8 +61,31 @@ class _Exchange:
         self.id = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         self.status: int | None = None
         self._scope, self._receive, self._send = scope, receive, send
-        self._replaced = False
+        self._replaced = self._whole = self._known = False
+        self._got = 0
         self._began = time.perf_counter()
+
+    async def receive(self) -> Message:
+        """Pass a part of the request on: its body must keep coming, and a large one be from somebody who is known.
+
+        A framework reads and parses a body before it asks who sends it.
+
+        Raises:
+            HTTPException: 408 or 401.
+        """
+        if self._whole:
+            return await self._receive()
+        left = BODY_SECONDS + self._got / LEAST_RATE - (time.perf_counter() - self._began)
+        try:
+            message = await asyncio.wait_for(self._receive(), max(left, 0.0))
+        except TimeoutError:
+            raise HTTPException(408, "the body comes too slowly") from None
+        self._whole, self._got = not message.get("more_body", False), self._got + len(message.get("body", b""))
+        if self._got > MAX_BODY and not self._known:
+            self._known = await run_in_threadpool(is_known, Headers(scope=self._scope).get("authorization", ""))
+            if not self._known:
+                raise HTTPException(401, "a body of this size needs an API key or a device's token", AUTHENTICATE)
+        return message
 
     async def send(self, message: Message) -> None:
         """Pass a part of the answer on."""

@@ -1,5 +1,6 @@
 """Files by their content: checkpoints and artifacts. The row says which files count."""
 
+import time
 from pathlib import Path
 
 from sqlalchemy import delete, select
@@ -8,7 +9,10 @@ from sqlalchemy.orm import Session
 
 from latency_profiler.durable import place
 from service.settings import get_settings
+from service.store.bulk import insert_missing
 from service.store.models import Blob
+
+KEPT_SECONDS = 86_400.0
 
 
 def blob_path(sha256: str) -> Path:
@@ -18,9 +22,18 @@ def blob_path(sha256: str) -> Path:
 
 def register(session: Session, sha256: str) -> None:
     """Make a file that lies at its place count."""
-    if session.get(Blob, sha256) is None:
-        session.add(Blob(sha256=sha256, bytes=blob_path(sha256).stat().st_size))
-        session.flush()
+    insert_missing(session, Blob, [{"sha256": sha256, "bytes": blob_path(sha256).stat().st_size}])
+
+
+def sweep(session: Session) -> int:
+    """Remove files that nobody has registered for a day, since their writer was killed before; returns how many."""
+    removed, long_ago = 0, time.time() - KEPT_SECONDS
+    for folder in (one for one in get_settings().blobs.glob("*") if one.is_dir()):
+        old = {path.name: path for path in folder.iterdir() if path.stat().st_mtime < long_ago}
+        for name in old.keys() - set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(old)))):
+            old[name].unlink(missing_ok=True)
+            removed += 1
+    return removed
 
 
 def discard(session: Session, sha256: str | None) -> bool:

@@ -45,6 +45,17 @@ def register(session: Session, name: str, description: str = "") -> tuple[Device
     return device, token.text
 
 
+def new_token(session: Session, name: str) -> str:
+    """Another token for a device's agent; the one before is worthless from now on.
+
+    Raises:
+        NotFound: no device has this name.
+    """
+    device, token = get(session, name), issue_secret("device")
+    device.token_prefix, device.token_digest = token.prefix, token.digest
+    return token.text
+
+
 def get(session: Session, name: str) -> Device:
     """One device.
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, func, or_, select, tuple_, update
+from sqlalchemy import CursorResult, case, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from latency_profiler.errors import NotFound, SecateursError
@@ -80,12 +80,20 @@ def request_cancel(session: Session, job_id: str) -> Job:
         raise NotFound("job", job_id)
     if job.state in TERMINAL and job.state is not JobState.CANCELLED:
         raise JobStateConflict(job_id, job.state, "cancelled")
-    if job.state is not JobState.CANCELLED and job.cancel_requested_at is None:
-        session.execute(update(Job).where(Job.id == job_id).values(cancel_requested_at=now()))
-        if session.scalar(select(Job.id).where(Job.id == job_id, or_(Job.owner.is_(None), Job.lease_until < now()))):
+    if job.state is not JobState.CANCELLED:
+        first = func.coalesce(Job.cancel_requested_at, now())
+        session.execute(update(Job).where(Job.id == job_id).values(cancel_requested_at=first))
+        if session.scalar(select(Job.id).where(Job.id == job_id, _unheld())):
             _end(session, job_id, JobState.CANCELLED)
         session.refresh(job)
     return job
+
+
+def end_cancelled(session: Session) -> None:
+    """End what was to be cancelled while a worker held it that has vanished since."""
+    waiting = select(Job.id).where(Job.state.not_in(TERMINAL), Job.cancel_requested_at.is_not(None), _unheld())
+    for job_id in session.scalars(waiting.with_for_update(skip_locked=True)).all():
+        _end(session, job_id, JobState.CANCELLED)
 
 
 def events_after(session: Session, job_id: str, after_id: int, limit: int = 200) -> Sequence[JobEvent]:
@@ -109,12 +117,13 @@ def add_event(session: Session, job_id: str, kind: str, data: dict[str, Any]) ->
     session.add(JobEvent(job_id=job_id, kind=kind, data=data))
 
 
+def _unheld() -> Any:
+    """No worker has it, or one that has vanished."""
+    return or_(Job.owner.is_(None), Job.lease_until < now())
+
+
 def _claimable() -> Any:
-    return (
-        Job.state.not_in(TERMINAL)
-        & (Job.run_after <= now())
-        & or_(Job.owner.is_(None), Job.lease_until < now())
-    )  # fmt: skip
+    return Job.state.not_in(TERMINAL) & (Job.run_after <= now()) & _unheld()
 
 
 def claimable(session: Session) -> tuple[int, float]:
@@ -195,16 +204,35 @@ def save_step(session: Session, claim: Claim, **changes: Any) -> None:
         add_event(session, claim.job_id, "state", {"state": changes["state"]})
 
 
+def note(session: Session, claim: Claim, **changes: Any) -> None:
+    """Store what a step knows before its work is done: unlike `save_step` it leaves the attempt counted.
+
+    Raises:
+        LeaseLost: the claim does not hold any more.
+    """
+    _write(session, claim, changes)
+
+
+def excuse(session: Session, claim: Claim) -> None:
+    """Do not count this attempt, however it ends: its worker was told to stop."""
+    _write(session, claim, {"attempts": case((Job.attempts > 0, Job.attempts - 1), else_=0)})
+
+
 def release(session: Session, claim: Claim, after_seconds: float = 0.0) -> None:
     """Give a job back unfinished; it can be claimed again after some seconds. Costs no attempt."""
-    values = {"owner": None, "lease_until": None, "attempts": 0, "run_after": now() + after_seconds}
-    _write(session, claim, values)
+    _give_back(session, claim, after_seconds, attempts=0)
 
 
 def lose(session: Session, claim: Claim, reason: str, after_seconds: float) -> None:
     """Give a job back because its runner died; this costs one of its attempts."""
-    error = {"title": "worker lost", "detail": reason}
-    _write(session, claim, {"owner": None, "lease_until": None, "error": error, "run_after": now() + after_seconds})
+    _give_back(session, claim, after_seconds, error={"title": "worker lost", "detail": reason})
+
+
+def _give_back(session: Session, claim: Claim, after_seconds: float, **changes: Any) -> None:
+    """Nobody holds it any more; one that was to be cancelled has ended by that."""
+    values = {"owner": None, "lease_until": None, "run_after": now() + after_seconds, **changes}
+    if _write(session, claim, values).cancel_requested_at is not None:
+        _end(session, claim.job_id, JobState.CANCELLED)
 
 
 def finish(session: Session, claim: Claim, state: JobState, **changes: Any) -> None:

@@ -10,15 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from service.settings import get_settings
 
-DATABASE_AWAY = (OperationalError, PoolTimeout)
-"""What is raised while the database does not answer."""
+DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+"""What is raised while the database does not answer, or takes no writes (a PostgreSQL that stands by, or is full)."""
 BYTES = {"bytes": True}
 """Execution options of a statement that reads many bytes."""
 
@@ -60,6 +60,13 @@ def snapshot() -> Iterator[Session]:
     engine = get_engine().execution_options(read_only=True)
     with Session(engine, expire_on_commit=False) as session:
         yield session
+
+
+def takes_writes() -> bool:
+    """Whether the database that answers can be written to; a PostgreSQL that stands by cannot."""
+    with snapshot() as session:
+        postgres = session.get_bind().dialect.name == "postgresql"
+        return not postgres or session.scalar(text("SHOW transaction_read_only")) == "off"
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -8,14 +8,23 @@ import sys
 import pytest
 from fastapi.testclient import TestClient
 
+from service.api import health
 from service.store import devices
-from service.store.session import transaction
+from service.store.session import takes_writes, transaction
 
 
 def test_health_needs_no_key(client: TestClient) -> None:
     del client.headers["Authorization"]
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready", "database": "ok", "broker": "not asked yet"}
+
+
+def test_a_database_that_takes_no_writes_is_not_ready(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert takes_writes()
+    monkeypatch.setattr(health, "takes_writes", lambda: False)
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 def test_metrics_count_what_is_stored_and_asked(client: TestClient) -> None:

@@ -1,6 +1,7 @@
 """One worker at a time may write for a job: the statements that carry that promise, on both databases."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from latency_profiler.errors import NotFound
+from service import broker, reconciler
 from service.specs import JobRequest, resolve
 from service.store import blobs, jobs, pruning_nets
 from service.store.jobs import Claim, JobStateConflict, LeaseLost
@@ -142,6 +144,26 @@ def test_a_finished_step_and_a_release_forgive_earlier_losses(submit: Callable[[
     assert take().job_id == job_id
 
 
+def test_what_is_noted_before_the_work_is_done_leaves_the_attempt_counted(submit: Callable[[], str]) -> None:
+    """Or a job that ends its runner would be tried for ever."""
+    job_id = submit()
+    for at in range(ATTEMPTS):
+        jobs_call(lambda session, held, at=at: jobs.note(session, held, memory={"at": at}), held := take())
+        jobs_call(jobs.lose, held, "lost", 0.0)
+    assert claim() is None
+    assert (read(job_id).state, read(job_id).memory) == (JobState.FAILED, {"at": ATTEMPTS - 1})
+
+
+def test_an_excused_attempt_does_not_count_however_it_ends(submit: Callable[[], str]) -> None:
+    job_id = submit()
+    for _ in range(2 * ATTEMPTS):
+        jobs_call(jobs.excuse, held := take())
+        jobs_call(jobs.lose, held, "told to stop", 0.0)
+    save(held := take())
+    jobs_call(jobs.excuse, held)
+    assert read(job_id).attempts == 0
+
+
 def test_a_released_job_waits_until_it_is_woken(submit: Callable[[], str]) -> None:
     job_id = submit()
     held = take()
@@ -160,14 +182,76 @@ def test_cancelling_ends_an_idle_job_at_once_and_twice_is_once(submit: Callable[
     assert claim() is None
 
 
-def keep_checkpoint(held: Claim, content: bytes) -> Path:
-    sha256 = hashlib.sha256(content).hexdigest()
-    path = blobs.blob_path(sha256)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+@pytest.mark.parametrize("sweep", [jobs.end_cancelled, None])
+def test_a_cancelled_job_of_a_worker_that_vanished_ends(submit: Callable[[], str], sweep: Any) -> None:
+    gone, held = submit(), submit()
+    take("a", lease=0.2)
+    take("b")
+    for job_id in (gone, held):
+        assert jobs_call(jobs.request_cancel, job_id).state is JobState.QUEUED
+    first = read(gone).cancel_requested_at
+    time.sleep(0.3)
+    jobs_call(sweep) if sweep else jobs_call(jobs.request_cancel, gone)
+    assert (read(gone).state, read(gone).cancel_requested_at) == (JobState.CANCELLED, first)
+    assert read(held).state is JobState.QUEUED, "its worker will hear of it"
+
+
+@pytest.mark.parametrize("give_back", [jobs.release, lambda session, held: jobs.lose(session, held, "lost", 60.0)])
+def test_a_cancelled_job_that_is_given_back_has_ended(submit: Callable[[], str], give_back: Any) -> None:
+    job_id = submit()
+    held = take()
+    jobs_call(jobs.request_cancel, job_id)
+    jobs_call(give_back, held)
+    assert read(job_id).state is JobState.CANCELLED
+
+
+def test_as_many_bells_lie_in_the_queue_as_jobs_wait(submit: Callable[[], str]) -> None:
+    with broker.app.connection_for_write() as connection:
+        connection.default_channel.queue_declare(broker.JOBS)
+        connection.default_channel.queue_purge(broker.JOBS)
+    assert reconciler.reconcile() == broker.unheard() == 0
+    submit()
+    submit()
+    for _ in range(3):
+        assert reconciler.reconcile() == broker.unheard() == 2
+
+
+def test_files_that_nobody_has_registered_go_after_a_day(submit: Callable[[], str]) -> None:
+    submit()
+    kept, lost, young = (keep_file(content) for content in (b"kept", b"lost", b"young"))
+    jobs_call(blobs.register, kept.name)
+    for path in (kept, lost):
+        os.utime(path, (0, time.time() - 2 * blobs.KEPT_SECONDS))
+    assert jobs_call(blobs.sweep) >= 1
+    assert [path.exists() for path in (kept, lost, young)] == [True, False, True]
+
+
+def test_two_may_register_the_same_file_at_once(submit: Callable[[], str]) -> None:
+    submit()
+    sha256 = keep_file(b"of both").name
+    other = Thread(target=jobs_call, args=(blobs.register, sha256))
     with transaction() as session:
         blobs.register(session, sha256)
-        jobs.save_step(session, held, memory={"checkpoint": {"sha256": sha256, "counters": {}}})
+        session.flush()
+        other.start()
+        other.join(0.3)
+    other.join(10)
+    with transaction() as session:
+        assert session.get_one(Blob, sha256).bytes == len(b"of both")
+
+
+def keep_file(content: bytes) -> Path:
+    path = blobs.blob_path(hashlib.sha256(content).hexdigest())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def keep_checkpoint(held: Claim, content: bytes) -> Path:
+    path = keep_file(content)
+    with transaction() as session:
+        blobs.register(session, path.name)
+        jobs.save_step(session, held, memory={"checkpoint": {"sha256": path.name, "counters": {}}})
     return path
 
 

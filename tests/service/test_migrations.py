@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, inspect, select, text
 
 from service import admin
 from service.app import create_app
-from service.store import keys
+from service.store import devices, keys
 from service.store.models import Base, Measurement, TableFit
 from service.store.session import get_engine, transaction
 
@@ -83,6 +83,14 @@ def test_commands(home: object, capsys: pytest.CaptureFixture[str]) -> None:
         found = keys.find_user(session, secret)
         assert found is not None
         assert found.digest not in secret
+    with transaction() as session:
+        _, first = devices.register(session, "d")
+    assert admin.main(["new-token", "d"]) == 0
+    second = capsys.readouterr().out.strip()
+    with transaction() as session:
+        assert keys.find_device(session, first) is None
+        assert keys.find_device(session, second) is not None
+    assert admin.main(["new-token", "nobody"]) == 1
     assert admin.main(["revoke-key", secret.split("_")[1]]) == 0
     assert admin.main(["revoke-key", "nothing"]) == 1
     assert "no key 'nothing'" in capsys.readouterr().err

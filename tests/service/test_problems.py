@@ -7,12 +7,12 @@ from typing import Any
 import anyio
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from service.api import spaces
+from service.api import spaces, traffic
 from service.api.problems import Problem
-from service.app import MAX_BODY
+from service.api.traffic import MAX_BODY
 from service.store import jobs
 
 
@@ -42,26 +42,51 @@ def test_a_long_body_is_refused(client: TestClient) -> None:
     check(answer, 413, "content-too-large")
 
 
-def test_a_body_without_a_length_is_read_no_further_than_the_limit(client: TestClient) -> None:
-    taken, sent = 0, []
+@pytest.mark.parametrize(("path", "key", "status"), [
+    ("/v1/jobs", True, 413), ("/v1/devices/d/lookup-table", True, 422),
+    ("/v1/devices/d/lookup-table", False, 401), ("/v1/jobs", False, 401),
+])  # fmt: skip
+def test_a_body_without_a_length_is_read_no_further_than_its_sender_may_send(
+    client: TestClient, path: str, key: bool, status: int
+) -> None:
+    taken, eighth = 0, MAX_BODY // 8
 
     async def receive() -> dict[str, Any]:
         nonlocal taken
         taken += 1
-        return {"type": "http.request", "body": b" " * (MAX_BODY // 8), "more_body": True}
+        return {"type": "http.request", "body": b" " * eighth + b"{}" * (taken == 12), "more_body": taken < 12}
 
-    async def send(message: dict[str, Any]) -> None:
+    answer = send(client, "PUT" if "table" in path else "POST", path, receive, key)
+    assert answer["status"] == status
+    assert taken == (12 if status == 422 else 9)
+
+
+def test_a_body_that_comes_too_slowly_is_not_waited_for(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "BODY_SECONDS", 0.2)
+
+    async def receive() -> dict[str, Any]:
+        await anyio.sleep(0.05)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    assert send(client, "POST", "/v1/jobs", receive)["status"] == 408
+
+
+def send(client: TestClient, method: str, path: str, receive: Any, key: bool = True) -> dict[str, Any]:
+    """The problem document that answers a request whose body comes in parts."""
+    sent: list[dict[str, Any]] = []
+
+    async def take(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    headers = {"authorization": client.headers["Authorization"], "content-type": "application/json"}
+    headers = {"content-type": "application/json"} | ({"authorization": client.headers["Authorization"]} if key else {})
     scope = {
-        "type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/jobs", "raw_path": b"/v1/jobs",
+        "type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode(),
         "query_string": b"", "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }  # fmt: skip
-    anyio.run(client.app, scope, receive, send)
-    assert sent[0]["status"] == 413
-    assert json.loads(sent[1]["body"])["type"] == "urn:secateurs:content-too-large"
-    assert taken == 9
+    anyio.run(client.app, scope, receive, take)
+    answer: dict[str, Any] = json.loads(sent[1]["body"])
+    assert sent[0]["status"] == answer["status"]
+    return answer
 
 
 def test_what_was_sent_is_not_echoed(client: TestClient) -> None:
@@ -80,7 +105,12 @@ def test_a_request_id_is_kept_if_it_is_one(client: TestClient) -> None:
     assert client.get("/healthz", headers={"X-Request-ID": "a b\tc"}).headers["X-Request-ID"] != "a b\tc"
 
 
-@pytest.mark.parametrize("error", [OperationalError("SELECT secret", {}, Exception("gone")), PoolTimeout("none left")])
+READ_ONLY = InternalError("INSERT secret", {}, Exception("cannot execute INSERT in a read-only transaction"))
+
+
+@pytest.mark.parametrize(
+    "error", [OperationalError("SELECT secret", {}, Exception("gone")), PoolTimeout("none left"), READ_ONLY]
+)
 def test_a_database_that_is_away_is_503(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error

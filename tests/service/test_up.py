@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -295,6 +296,23 @@ def test_a_search_runs_on_postgresql_and_redis(start: Callable[..., Service], pl
     assert job["result"]["winner"]["flops"] <= 100_000
     assert not (place / "secateurs.db").exists()
     assert not (place / "logs" / "broker.log").exists()
+
+
+def test_a_registration_that_was_cut_off_is_made_good_and_no_other_devices_token_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = Up(tmp_path, "127.0.0.1", free_port(), 1, True, lambda _line: None)
+    taken = Mock(add_device=Mock(side_effect=ServiceError(409, {"detail": "taken"})))
+    replaced = Mock(return_value="scd_new")
+    monkeypatch.setattr(up, "_admin", replaced)
+    for _ in range(2):
+        with pytest.raises(UpError, match="cannot be registered"):
+            up._token(taken, {})
+    replaced.assert_not_called()
+    with pytest.raises(KeyboardInterrupt):
+        up._token(Mock(add_device=Mock(side_effect=KeyboardInterrupt)), {})
+    assert up._token(taken, {}) == up._token(taken, {}) == "scd_new"
+    replaced.assert_called_once_with({}, "new-token", "this-machine")
 
 
 def test_a_taken_port_is_named_at_once(tmp_path: Path) -> None:

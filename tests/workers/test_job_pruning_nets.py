@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from latency_profiler.errors import InvalidDataset
 from service import images
 from service.settings import get_settings
 from service.store import blobs, jobs, results
 from service.store.models import JobState, PruningNet
 from service.store.session import transaction
-from tests.workers.whole_jobs import Console, flops_bound, read, run, submit, take
+from tests.workers.whole_jobs import Console, Killed, flops_bound, read, run, submit, take
 from workers import checkpoints
 from workers.steps.advance import advance
 from workers.steps.context import Context
@@ -138,3 +139,26 @@ def test_a_job_waits_while_another_one_trains_its_pruning_net(world: None) -> No
     with transaction() as session:
         jobs.finish(session, context.claim, JobState.FAILED)
     assert advance(follower, read(second)).wait is None
+
+
+def test_a_job_whose_images_change_ends_with_that_reason(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, load = submit(flops_bound(0.4)), images.load
+    context = Context(take(job_id), get_settings(), Console())
+    while read(job_id).state is not JobState.SEARCHING:
+        advance(context, read(job_id))
+    assert (read(job_id).environment or {})["images"] == context.loaded.digest
+    assert read(job_id).reproducible
+    for change in ({"digest": "others"}, {"classes": ("0", "1")}):
+        monkeypatch.setattr(images, "load", lambda *about, change=change: replace(load(*about), **change))
+        with pytest.raises(InvalidDataset, match="have changed"):
+            run(job_id)
+    monkeypatch.setattr(images, "load", load)
+    assert run(job_id).state is JobState.SUCCEEDED
+
+
+def test_a_job_that_kills_its_runner_before_a_step_ends_is_charged_for_it(world: None) -> None:
+    job_id = submit(flops_bound(0.4))
+    for attempts in (0, 1, 2):  # the steps before the first training were finished
+        with pytest.raises(Killed):
+            run(job_id, console=Console("training", 1))
+        assert (read(job_id).state, read(job_id).attempts) == (JobState.TRAINING, attempts)

@@ -1,5 +1,6 @@
 """Real processes and real signals: what a killed, stopped, hung or cancelled runner costs."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from safetensors import SafetensorError
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -241,6 +243,46 @@ def test_a_worker_that_stops_gives_its_job_back_with_its_progress(submit: Callab
     job = read(job_id)
     assert (job.owner, job.attempts, job.state) == (None, 0, JobState.TRAINING)
     assert job.progress["done"] > 0
+
+
+def test_a_worker_that_stops_before_its_runner_listens_costs_no_attempt(submit: Callable[..., str]) -> None:
+    job_id = submit()
+    assert supervise_next("test", lambda: True)
+    job = read(job_id)
+    assert (job.owner, job.attempts, job.state, job.error) == (None, 0, JobState.QUEUED, None)
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts", "wait"),
+    [
+        (ValueError("odd"), 1, runner.LOST_SECONDS),
+        (OSError(errno.ENOSPC, FULL), 0, runner.FULL_SECONDS),
+        (SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"), 0, runner.FULL_SECONDS),
+    ],
+)
+def test_what_a_runner_cannot_go_on_from_is_told_and_a_full_disk_is_waited_for(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int, wait: float
+) -> None:
+    job_id = submit()
+    with transaction() as session:
+        claim = jobs.claim(session, "worker", 30, 3)
+    assert claim is not None
+
+    def fail(_context: object) -> None:
+        raise error
+
+    for name, stand_in in {"_run": fail, "bound_to": lambda parent: True, "Console": runner.Silence}.items():
+        monkeypatch.setattr(runner, name, stand_in)
+    monkeypatch.setattr(runner, "Context", lambda *_, **__: None)
+    assert runner.main(job_id, claim.owner, str(claim.fence), "0") == 1
+    job = read(job_id)
+    assert (job.owner, job.attempts) == (None, attempts)
+    assert (job.error or {})["detail"] == f"{type(error).__name__}: {error}"
+    with transaction() as session:
+        assert job.run_after - jobs.clock(session) == pytest.approx(wait, abs=1.5)
 
 
 def members() -> dict[str, psutil.Process]:

@@ -21,6 +21,7 @@ PRUNING: dict[JobState, Callable[[Context, Job], Outcome]] = {
     JobState.SEARCHING: pruning.step,
 }
 """Of the methods that prune a network instead of searching with a PruningNet."""
+SEES_IMAGES = (JobState.TRAINING, JobState.SEARCHING, JobState.RETRAINING)
 
 
 def advance(context: Context, job: Job) -> Outcome:
@@ -30,6 +31,8 @@ def advance(context: Context, job: Job) -> Outcome:
         LeaseLost: the job belongs to somebody else now; nothing was stored.
         SecateursError: the job cannot succeed; the caller ends it with this reason.
     """
+    if job.state in SEES_IMAGES:
+        context.pin_images()
     if job.state in PRUNING and turns.current(context, job) != METAPRUNING:
         return PRUNING[job.state](context, job)
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latency_profiler.cost import Constraint, Metric, split_latency
-from latency_profiler.errors import DamagedCheckpoint
+from latency_profiler.errors import DamagedCheckpoint, InvalidDataset
 from latency_profiler.lookup_table import LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
@@ -81,9 +81,10 @@ class Context:
         torch.set_num_threads(self.threads)
         self.device = choose(settings.device, team.rank, team.size)
         self.kept: dict[str, Any] = {}
-        if job.environment not in (None, self.environment) and job.reproducible and not guest:
+        self._begun = job.environment or self.environment
+        if self._begun | {"images": None} != self.environment | {"images": None} and job.reproducible and not guest:
             with transaction() as session:
-                jobs.save_step(session, claim, reproducible=False)
+                jobs.note(session, claim, reproducible=False)
 
     @cached_property
     def space(self) -> Space:
@@ -110,11 +111,25 @@ class Context:
 
     @cached_property
     def loaded(self) -> images.Images:
-        """The dataset's images, mapped."""
+        """The dataset's images, mapped.
+
+        Raises:
+            InvalidDataset: they cannot be read, or are not those that the job began with.
+        """
         dataset, settings = self.dataset, self.settings
-        return images.load(
+        loaded = images.load(
             dataset.kind, dataset.path, settings.data, self.space.image_size, settings.home / "cache", self.console.say
         )
+        if len(loaded.classes) != dataset.classes or self._begun.get("images", loaded.digest) != loaded.digest:
+            raise InvalidDataset("the dataset's files have changed; register them under another name, and submit again")
+        return loaded
+
+    def pin_images(self) -> None:
+        """Note which images the job has seen: it ends when they are others (`loaded`)."""
+        if "images" not in self._begun:
+            self._begun = {**self._begun, "images": self.loaded.digest}
+            with transaction() as session:
+                jobs.note(session, self.claim, environment=self._begun)
 
     @property
     def flips(self) -> bool:

@@ -41,7 +41,7 @@ def step(context: Context, job: Job) -> Outcome:
         past = net.progress.get("environments", [])
         environments = past if context.environment in past else [*past, context.environment]
         alike = job.reproducible and len(environments) == 1
-        jobs.save_step(session, context.claim, memory={**job.memory, "net": key, "reused": False}, reproducible=alike)
+        jobs.note(session, context.claim, memory={**job.memory, "net": key, "reused": False}, reproducible=alike)
     trainer = context.keep("trainer", [key, checkpoint], lambda: _trainer(context, band, checkpoint, counters))
     return _train(context, job, key, trainer, checkpoint, environments)
 
