@@ -4,7 +4,6 @@ Runtimes are native code: some layer may hang or crash one. Then its process is 
 failed measurement instead of a dead agent. The process opens the runtime once, then takes groups of work as JSON.
 """
 
-import ctypes
 import fcntl
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import Any
 
 from latency_profiler.errors import MeasurementFailed, NoMeasuringProcess
 from latency_profiler.measuring import failure, measure_group, yardstick_of
+from latency_profiler.parent import die_with
 from latency_profiler.reference import reference_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 
@@ -35,7 +35,6 @@ ALIVE_SECONDS = 1.0
 """How often it says so while it measures, at most."""
 LOOK_SECONDS = 1.0
 """How often somebody who waits looks around."""
-PR_SET_PDEATHSIG = 1
 log = logging.getLogger("secateurs.agent")
 
 
@@ -211,9 +210,7 @@ def main(arguments: Sequence[str]) -> None:
     """The process: handle of its line, id of the agent's process, runtime, settings, and the file of what is usual."""
     handle, parent, runtime, settings, *usual = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which ends this process
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == int(parent):  # else it died before the kernel was told
+    if die_with(int(parent)):
         file = Path(usual[0]) if usual else None
         _serve(Connection(int(handle)), runtime, Settings(**json.loads(settings)), file)
 

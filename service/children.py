@@ -1,19 +1,19 @@
 """Child processes that die with their parent, are started again when they die, and leave nothing behind."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from latency_profiler.parent import die_with
 
 STABLE_SECONDS = 60.0
 LONGEST_BACKOFF = 30.0
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Child:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 self.argv, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True, preexec_fn=_die_with(os.getpid()),
+                start_new_session=True, preexec_fn=partial(_arm, os.getpid()),
             )  # fmt: skip
 
     def alive(self) -> bool:
@@ -82,15 +82,7 @@ class Child:
         self.process.wait()
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """A function for the forked child: be killed when the parent ends. None where the system has no such call."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def arm() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended between fork and prctl
-            os._exit(1)
-
-    return arm
+def _arm(parent: int) -> None:
+    """In the forked child: without its parent it is not wanted."""
+    if not die_with(parent):
+        os._exit(1)

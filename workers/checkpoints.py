@@ -5,12 +5,10 @@ file counts is for a database row to say. Tensors are safetensors: no pickle, no
 """
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,17 +17,16 @@ from torch import Tensor
 from latency_profiler.durable import flush, place, sweep
 from latency_profiler.errors import DamagedCheckpoint
 
-META = "secateurs"
 WRITING = ".writing-"
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> str:
-    """Write tensors and JSON metadata below `folder`; returns the SHA-256 that names the file."""
+def save(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors below `folder`; returns the SHA-256 that names the file."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
     try:
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(flat, temporary, {META: json.dumps(dict(meta or {}), sort_keys=True)})
+        save_file(flat, temporary)
         return _keep(folder, temporary)
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,21 +54,11 @@ def load(path: Path, sha256: str) -> dict[str, Tensor]:
     Raises:
         DamagedCheckpoint: the file is missing, or its content has another digest.
     """
-    return _read(path, sha256)[0]
-
-
-def load_meta(path: Path, sha256: str) -> dict[str, Any]:
-    """The metadata of a file; raises as `load` does."""
-    return _read(path, sha256)[1]
-
-
-def _read(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if (found := _digest(path)) != sha256:
             raise DamagedCheckpoint(f"checkpoint {path.name} has the digest {found}, not {sha256}; it was changed")
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get(META, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 - not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpoint(f"checkpoint {path.name} cannot be read: {error}") from error
 

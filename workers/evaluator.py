@@ -9,11 +9,12 @@ import os
 import sys
 import time
 
+from latency_profiler.parent import die_with
 from service.settings import get_settings
 from service.store import jobs
 from service.store.jobs import Claim
 from service.store.session import snapshot
-from workers.runner import Console, bound_to
+from workers.runner import Console
 from workers.steps import scoring
 from workers.steps.context import Context
 from workers.steps.training import scorer
@@ -23,7 +24,7 @@ POLL = 0.1
 
 def main(job_id: str, environment: str, owner: str, parent: str) -> int:
     """Exit code 0 when no chunk has waited for a while or it shall stop, `EX_CONFIG` where scores would differ."""
-    if not bound_to(int(parent)):
+    if not die_with(int(parent)):
         return 1
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     context = Context(Claim(job_id, owner, 0), get_settings(), Console(), guest=True)

@@ -7,7 +7,6 @@ With several training processes it becomes torchrun's launcher, whose children r
 the job, the others train with it. The death of one ends all, and they die with the launcher.
 """
 
-import ctypes
 import errno
 import json
 import logging
@@ -19,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from latency_profiler.errors import InfeasibleConstraint, SecateursError
+from latency_profiler.parent import die_with
 from service.settings import get_settings
 from service.store import jobs
 from service.store.jobs import Claim, LeaseLost
@@ -32,7 +32,6 @@ from workers.steps.methods import MAKERS
 from workers.steps.trainers import follow
 
 log = logging.getLogger(__name__)
-PR_SET_PDEATHSIG = 1
 PATIENCE = 20.0
 """Seconds for which a runner waits itself before it gives the job back: starting another one costs about three."""
 POLL = 0.5
@@ -74,7 +73,7 @@ class Silence:
 
 def main(job_id: str, owner: str, fence: str, parent: str) -> int:
     """Exit code 0 when the job has ended, waits, or belongs to somebody else."""
-    if not bound_to(int(parent)):
+    if not die_with(int(parent)):
         return 1
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     settings, claim, team = get_settings(), Claim(job_id, owner, int(fence)), ALONE
@@ -154,13 +153,6 @@ def _disk_is_full(error: Exception) -> bool:
     """Also where a library has made its own error of the system's."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
-
-
-def bound_to(parent: int) -> bool:
-    """Die when the supervisor does; False when it has died before the kernel was told so."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    return os.getppid() == parent
 
 
 def _problem(error: SecateursError) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.store import work
-from service.store.models import Device, LookupTable, Measurement, WorkKind, now
+from service.store.models import Device, LookupTable, Measurement, WorkKind, clock
 
 Measured = tuple[str, dict[str, Any], float]
 """Key, payload and seconds of a layer."""
@@ -34,7 +34,7 @@ def watch(session: Session, device: Device, table: LookupTable, connection: str 
     connected = connection is not None and connection != device.connection
     device.connection = connection or device.connection
     patience = CHECK_SECONDS_STALE if table.stale else CHECK_SECONDS
-    age = session.scalars(select(now())).one() - (table.checked_at or table.created_at)
+    age = clock(session) - (table.checked_at or table.created_at)
     if connected or age > patience:
         _plan(session, table)
 
@@ -47,7 +47,7 @@ def settle(session: Session, table: LookupTable) -> None:
     """
     if work.open_keys(session, table.id, WorkKind.CANARY):
         return
-    table.checked_at = session.scalars(select(now())).one()
+    table.checked_at = clock(session)
     drift = _drift(session, table)
     if drift is None:
         return

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from latency_profiler.cost import Statistic, latency_name
 from latency_profiler.errors import AlreadyExists, NotFound, SecateursError
 from service.store.keys import issue_secret
-from service.store.models import TERMINAL, Device, Job, LookupTable, Pricing, Skyband, StructureLatency, now
+from service.store.models import TERMINAL, Device, Job, LookupTable, Pricing, Skyband, StructureLatency, clock, now
 
 ALIVE_SECONDS = 60.0
 """A device whose agent has not been heard for so long is away."""
@@ -122,7 +122,7 @@ def forget_prices(session: Session, device: Device, table_id: str) -> None:
 
 def alive(session: Session, device: Device) -> bool:
     """Whether the agent was heard lately, by the database's clock."""
-    return device.beat_at is not None and session.scalars(select(now())).one() - device.beat_at < ALIVE_SECONDS
+    return device.beat_at is not None and clock(session) - device.beat_at < ALIVE_SECONDS
 
 
 def _named(spec: dict[str, Any]) -> set[str]:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from latency_profiler.errors import NotFound, SecateursError
 from service.specs import JobRequest
 from service.store import blobs
-from service.store.models import TERMINAL, Chunk, Job, JobEvent, JobState, now
+from service.store.models import TERMINAL, Chunk, Job, JobEvent, JobState, clock, now
 
 
 class JobStateConflict(SecateursError):
@@ -309,11 +309,6 @@ def phase_seconds(session: Session, job_id: str) -> dict[str, float]:
         if state not in TERMINAL:
             seconds[state] = seconds.get(state, 0.0) + end - event.created_at
     return seconds
-
-
-def clock(session: Session) -> float:
-    """Seconds since 1970 by the database."""
-    return session.scalar(select(now())) or 0.0
 
 
 def newest(

@@ -221,18 +221,13 @@ def verdict(session: Session, device: Device, space_key: str, statistic: Statist
     return judge(fits(session, table.id, statistic).get(space_key), table.stale, table.drift or 0.0)
 
 
-def coverage(session: Session, device: Device, space: Space, points: int | None) -> list[str]:
-    """Keys of a space's planned layers (`plan_layers`) that the device's current table cannot price."""
-    return load_table(session, device.name).missing(plan_layers(space, points))
-
-
 def layers_missing(session: Session, device_name: str, space: Space) -> list[str]:
     """Keys of the layers that must be measured before every structure of a space can be priced.
 
     Raises:
         NotFound: no device has this name.
     """
-    return coverage(session, devices.get(session, device_name), space, SAMPLED)
+    return load_table(session, device_name).missing(plan_layers(space, SAMPLED))
 
 
 def failures(session: Session, device: Device) -> dict[str, str]:

@@ -23,10 +23,11 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    select,
     text,
 )  # fmt: skip
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.sql.functions import FunctionElement
 
 from latency_profiler.cost import Statistic
@@ -40,6 +41,11 @@ class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function tha
 
     type = Double()
     inherit_cache = True
+
+
+def clock(session: Session) -> float:
+    """`now` as it is read once."""
+    return session.scalars(select(now())).one()
 
 
 @compiles(now, "postgresql")

@@ -152,16 +152,22 @@ def _query(place: Place) -> Any:
     """Candidates with their cost, and the prices that it is from."""
     columns = (Candidate.proxy_accuracy, Candidate.flops, Candidate.id, Candidate.structure_id)
     here = and_(Candidate.space_key == place.space_key, Candidate.dataset_id == place.dataset_id)
+    cost = price(place.cost).label("cost")
     if place.cost in COUNTS:
-        cost = getattr(Candidate, place.cost)
-        return select(*columns, cost.label("cost"), null().label("prices")).where(here)
-    device_id, statistic = split_latency(place.cost)
-    seconds = StructureLatency.p90 if statistic is Statistic.P90 else StructureLatency.seconds
+        return select(*columns, cost, null().label("prices")).where(here)
     latency = and_(
-        StructureLatency.structure_id == Candidate.structure_id, StructureLatency.device_id == device_id
-    )  # fmt: skip
-    query = select(*columns, seconds.label("cost"), StructureLatency.prices.label("prices"))
+        StructureLatency.structure_id == Candidate.structure_id,
+        StructureLatency.device_id == split_latency(place.cost)[0],
+    )
+    query = select(*columns, cost, StructureLatency.prices.label("prices"))
     return query.outerjoin(StructureLatency, latency).where(here)
+
+
+def price(cost: str) -> Any:
+    """The column of a cost."""
+    if cost in COUNTS:
+        return getattr(Candidate, cost)
+    return StructureLatency.p90 if split_latency(cost)[1] is Statistic.P90 else StructureLatency.seconds
 
 
 def _merged(members: Members, rows: list[Any]) -> Members:

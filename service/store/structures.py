@@ -30,7 +30,7 @@ from service.store.models import (
     Structure,
     StructureLatency,
 )
-from service.store.skybands import COUNTS, Members, Place
+from service.store.skybands import COUNTS, Members, Place, price
 
 CHUNK = 64
 SortKey = Literal["proxy_accuracy", "flops", "parameters", "generation"]
@@ -113,7 +113,7 @@ def _faster(latency: str, most: float) -> Select[str | None]:
         select(Measurement.structure_id)
         .join(StructureLatency, StructureLatency.structure_id == Measurement.structure_id)
         .where(Measurement.table_id == _table(device_id), _measurement(latency) <= most)
-        .where(StructureLatency.device_id == device_id, _price(latency) > most)
+        .where(StructureLatency.device_id == device_id, price(latency) > most)
     )
 
 
@@ -199,27 +199,20 @@ def _front_of(members: Members) -> Iterator[Point]:
 
 def _walk_front(session: Session, place: Place) -> Iterator[Point]:
     here = (Candidate.space_key == place.space_key, Candidate.dataset_id == place.dataset_id)
-    query = select(Candidate.proxy_accuracy, price := _price(place.cost), Candidate.id, Candidate.structure_id)
+    query = select(Candidate.proxy_accuracy, cost := price(place.cost), Candidate.id, Candidate.structure_id)
     query = query.where(*here)
     if place.cost not in COUNTS:
         query = query.join(StructureLatency, StructureLatency.structure_id == Candidate.structure_id)
-        query = query.where(StructureLatency.device_id == split_latency(place.cost)[0], price.is_not(None))
+        query = query.where(StructureLatency.device_id == split_latency(place.cost)[0], cost.is_not(None))
     lowest = session.scalar(select(func.min(Candidate.flops)).where(*here)) if place.cost == "flops" else None
-    query = query.order_by(Candidate.proxy_accuracy.desc(), price, Candidate.flops, Candidate.id).limit(1)
+    query = query.order_by(Candidate.proxy_accuracy.desc(), cost, Candidate.flops, Candidate.id).limit(1)
     row = session.execute(query).first()
     while row is not None:
         point = Point(*row)
         yield point
         if point.cost == lowest:
             return
-        row = session.execute(query.where(Candidate.proxy_accuracy < point.accuracy, price < point.cost)).first()
-
-
-def _price(cost: str) -> Any:
-    """The column of a cost."""
-    if cost in COUNTS:
-        return getattr(Candidate, cost)
-    return StructureLatency.p90 if split_latency(cost)[1] is Statistic.P90 else StructureLatency.seconds
+        row = session.execute(query.where(Candidate.proxy_accuracy < point.accuracy, cost < point.cost)).first()
 
 
 def _candidates(space_key: str, dataset_id: str, budget: Budget) -> Select[float, int, int, str]:
@@ -241,7 +234,7 @@ def _within(budget: Budget, flops: Any, parameters: Any, structure_id: Any) -> l
         of_it = (Measurement.table_id == _table(device_id), Measurement.structure_id == structure_id)
         last = select(_measurement(name)).where(*of_it, _measurement(name).is_not(None))
         last = last.order_by(Measurement.id.desc()).limit(1)
-        predicted = select(_price(name)).where(
+        predicted = select(price(name)).where(
             StructureLatency.structure_id == structure_id, StructureLatency.device_id == device_id
         )
         bounds.append(func.coalesce(last.scalar_subquery(), predicted.scalar_subquery()) <= seconds)

@@ -24,7 +24,7 @@ from latency_profiler.planning import by_expected_error, plan_layers, refinement
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.store.bulk import insert_missing
-from service.store.models import Measurement, Profile, Work, WorkKind, WorkState, new_id, now
+from service.store.models import Measurement, Profile, Work, WorkKind, WorkState, clock, new_id, now
 
 MOST_LEASES = 6
 """Work that was leased so often, thrice alone, and never answered has failed: agents also die for other reasons."""
@@ -200,7 +200,7 @@ def lease(session: Session, table_id: str, limit: int, seconds: float) -> tuple[
     found = session.scalars(query.order_by(Work.priority, Work.attempts, Work.id).limit(limit)).all()
     lost = found[0].attempts if found else 0
     works = list(takewhile(lambda work: work.attempts == lost, found))[: max(1, limit // FEWER**lost)]
-    lease_id, until = new_id(), session.scalars(select(now())).one() + seconds
+    lease_id, until = new_id(), clock(session) + seconds
     for work in works:
         work.state, work.lease_id, work.lease_until = WorkState.LEASED, lease_id, until
         work.attempts += 1

@@ -227,11 +227,11 @@ def test_missing_layers(database: str) -> None:
     record(outcomes([item for item in works if item is not one]), "all but one")
     with transaction() as session:
         assert measurements.layers_missing(session, "bench", SPACE) == [one.key]
-        assert measurements.coverage(session, devices.get(session, "bench"), SPACE, 31) != []
+        assert measurements.load_table(session, "bench").missing(plan_layers(SPACE, 31)) != []
     record(outcomes([one]), "the last one")
     with transaction() as session:
         assert measurements.layers_missing(session, "bench", SPACE) == []
-        assert measurements.coverage(session, devices.get(session, "bench"), SPACE, None) == []
+        assert measurements.load_table(session, "bench").missing(plan_layers(SPACE, None)) == []
         with pytest.raises(NotFound):
             measurements.layers_missing(session, "nobody", SPACE)
 

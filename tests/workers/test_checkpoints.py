@@ -13,13 +13,12 @@ TENSORS = {"a": torch.arange(6).reshape(2, 3), "b.c": torch.randn(3, 4).t(), "em
 
 
 def test_round_trip_by_content(tmp_path) -> None:
-    sha256 = checkpoints.save(tmp_path, TENSORS, {"step": 3})
+    sha256 = checkpoints.save(tmp_path, TENSORS)
     path = place(tmp_path, sha256)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256 == path.name
     loaded = checkpoints.load(path, sha256)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
-    assert checkpoints.load_meta(path, sha256) == {"step": 3}
-    assert checkpoints.save(tmp_path, TENSORS, {"step": 3}) == sha256
+    assert checkpoints.save(tmp_path, TENSORS) == sha256
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 

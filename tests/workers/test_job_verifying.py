@@ -92,7 +92,7 @@ def test_a_device_that_stays_away_leaves_the_job_unverified(world: None, monkeyp
     bench = Bench()
     job_id = submit(latency_bound(0.5))
     context = Context(take(job_id), get_settings(), Console())
-    late = later(monkeypatch, "verifying")
+    late = later(monkeypatch, "searching", "verifying")
     for _ in range(100):
         outcome = advance(context, read(job_id))
         if outcome.ended:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
 from service.store import jobs
-from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result, new_id
+from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result, clock, new_id
 from service.store.session import transaction
 from workers import runner
 from workers.parallel import ALONE
@@ -274,7 +274,7 @@ def test_what_a_runner_cannot_go_on_from_is_told_and_a_full_disk_is_waited_for(
     def fail(_context: object) -> None:
         raise error
 
-    for name, stand_in in {"_run": fail, "bound_to": lambda parent: True, "Console": runner.Silence}.items():
+    for name, stand_in in {"_run": fail, "die_with": lambda parent: True, "Console": runner.Silence}.items():
         monkeypatch.setattr(runner, name, stand_in)
     monkeypatch.setattr(runner, "Context", lambda *_, **__: None)
     assert runner.main(job_id, claim.owner, str(claim.fence), "0") == 1
@@ -282,7 +282,7 @@ def test_what_a_runner_cannot_go_on_from_is_told_and_a_full_disk_is_waited_for(
     assert (job.owner, job.attempts) == (None, attempts)
     assert (job.error or {})["detail"] == f"{type(error).__name__}: {error}"
     with transaction() as session:
-        assert job.run_after - jobs.clock(session) == pytest.approx(wait, abs=1.5)
+        assert job.run_after - clock(session) == pytest.approx(wait, abs=1.5)
 
 
 def members() -> dict[str, psutil.Process]:

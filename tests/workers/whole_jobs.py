@@ -16,7 +16,7 @@ from service.store import agents, devices, jobs
 from service.store.agents import Batch, Outcome
 from service.store.jobs import Claim
 from service.store.measurements import canonical_sha
-from service.store.models import Candidate, Dataset, Job, PruningNet, Result, Work, WorkKind, new_id, now
+from service.store.models import Candidate, Dataset, Job, PruningNet, Result, Work, WorkKind, clock, new_id
 from service.store.session import transaction
 from workers.steps.advance import advance
 from workers.steps.context import Context
@@ -193,11 +193,11 @@ class Partial(Bench):
 SHORT = {"generations": 1, "population": 8}
 
 
-def later(monkeypatch: pytest.MonkeyPatch, step: str) -> dict[str, float]:
-    """A clock of a step that goes ahead by what is told."""
+def later(monkeypatch: pytest.MonkeyPatch, *steps: str) -> dict[str, float]:
+    """A clock of some steps that goes ahead by what is told."""
     late = {"clock": 0.0}
-    clock = f"workers.steps.{step}.jobs.clock"
-    monkeypatch.setattr(clock, lambda session: session.scalar(select(now())) + late["clock"])
+    for step in steps:
+        monkeypatch.setattr(f"workers.steps.{step}.clock", lambda session: clock(session) + late["clock"])
     return late
 
 

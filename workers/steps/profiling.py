@@ -31,7 +31,7 @@ from latency_profiler.planning import plan_layers
 from service.methods import UNSTRUCTURED
 from service.store import blobs, devices, jobs, measurements, work
 from service.store.candidates import space_arguments
-from service.store.models import Job, JobState
+from service.store.models import Job, JobState, clock
 from service.store.results import METAPRUNING
 from service.store.session import transaction
 from workers.budget import Budget
@@ -121,12 +121,12 @@ def _sound(context: Context, job: Job) -> Outcome:
         with suppress(MeasurementFailed):  # the search can do without them
             found = measuring.tried(session, context, f"sound-{job.id}", networks)
         verdicts = {name: _verdict(session, context, *split_latency(name)) for name in context.constrained}
-        clock = jobs.clock(session)
+        moment = clock(session)
         if not memory.get("since"):
-            memory["since"] = clock
+            memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
     lacking = any(len(measured) < len(context.constrained) for measured in found.values())
-    if lacking and clock - memory["since"] < SOUND_SECONDS:
+    if lacking and moment - memory["since"] < SOUND_SECONDS:
         context.console.say({"phase": "profiling", "waits_for": list(context.constrained)})
         return FOR_DEVICE
     sounded = _corrections(context, memory, networks, found)

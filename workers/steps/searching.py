@@ -14,7 +14,7 @@ from latency_profiler.cost import Metric, split_latency
 from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
 from service.store import candidates, chunks, devices, jobs
 from service.store.candidates import Judged
-from service.store.models import Job, Role
+from service.store.models import Job, Role, clock
 from service.store.results import METAPRUNING
 from service.store.session import transaction
 from workers import evolution
@@ -119,13 +119,13 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
         raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
     memory = dict(job.memory)
     with transaction() as session:
-        clock = jobs.clock(session)
+        moment = clock(session)
         found = measuring.tried(session, context, measuring.purpose(job, "check"), listed)
         if not memory.get("since"):
-            memory["since"] = clock
+            memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
         whole = _whole(context, found)
-        if len(whole) < len(found) and clock - memory["since"] < CHECK_SECONDS:
+        if len(whole) < len(found) and moment - memory["since"] < CHECK_SECONDS:
             return FOR_DEVICE
         if not whole and memory.get("again"):  # what was doubted stands where nothing refutes it
             found = measuring.tried(session, context, measuring.purpose(job, "check", False), listed)

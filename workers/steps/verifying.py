@@ -4,7 +4,7 @@ from typing import Any
 
 from latency_profiler.cost import split_latency
 from service.store import jobs, results
-from service.store.models import Job, JobState, Role
+from service.store.models import Job, JobState, Role, clock
 from service.store.session import transaction
 from workers.steps import fidelity, measuring, pruning
 from workers.steps.context import Context
@@ -22,17 +22,17 @@ def step(context: Context, job: Job) -> Outcome:
     winners = [trial for trial in memory["queue"] if trial["role"] == Role.WINNER]
     winners = [one for one in winners if context.spec.objective == "front" or not one["rank"]]
     with transaction() as session:
-        clock = jobs.clock(session)
+        moment = clock(session)
         ids = {winner["structure_id"] for winner in winners}
         found, unable = measuring.look_around(session, context, measuring.purpose(job, "verify"), networks, ids)
         if not memory.get("since"):
-            memory["since"] = clock
+            memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
         away = [
             name for name in context.latencies
             if any(name not in found[one] and (one, name) not in unable for one in networks)
         ]  # fmt: skip
-        wait = _must_wait(context, away, clock - memory["since"])
+        wait = _must_wait(context, away, moment - memory["since"])
         if away and not wait and memory.get("again"):  # what was doubted stands where nothing refutes it
             first = measuring.look_around(session, context, measuring.purpose(job, "verify", False), networks, ids)[0]
             found = {one: first[one] | seconds for one, seconds in found.items()}
