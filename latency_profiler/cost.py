@@ -12,6 +12,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.spaces.space import Slot, Space
 
@@ -64,6 +65,18 @@ class Constraint:
     def allows(self, value: float) -> bool:
         """Whether a value lies inside the bounds."""
         return self.minimum <= value <= self.maximum
+
+    def check(self, smallest: float, largest: float) -> None:
+        """See that values of this range can lie inside the bounds.
+
+        Raises:
+            InfeasibleConstraint: they cannot; latencies in milliseconds.
+        """
+        if max(self.minimum, smallest) <= min(self.maximum, largest):
+            return
+        name, unit = ("latency_ms", 1000) if self.metric is Metric.LATENCY else (self.metric.value, 1)
+        asked = self.maximum if self.maximum < smallest else self.minimum
+        raise InfeasibleConstraint(name, unit * asked, unit * smallest, unit * largest, self.latency)
 
 
 def layer_flops(layer: Layer) -> int:

@@ -160,14 +160,7 @@ def check_feasible(space: Space, constraint: Constraint, table: LatencyTable | N
             values.append(_value(space, LatencyModel(table, space).fastest, constraint, table))
     except MissingLatencies:
         return
-    smallest, largest = min(values), max(values)
-    if constraint.maximum >= smallest and constraint.minimum <= largest:
-        return
-    asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum
-    if constraint.metric is Metric.LATENCY:
-        asked, smallest, largest = asked * 1000, smallest * 1000, largest * 1000
-    name = "latency_ms" if constraint.metric is Metric.LATENCY else constraint.metric.value
-    raise InfeasibleConstraint(name, asked, smallest, largest, constraint.latency)
+    constraint.check(min(values), max(values))
 
 
 def _value(space: Space, encoding: tuple[int, ...], constraint: Constraint, table: LatencyTable | None) -> float:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from latency_profiler.cost import Constraint, CostModel, Ints, Metric
-from latency_profiler.errors import InfeasibleConstraint
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.space import CHOICES, Space
 from workers.sampling import Genes, fill, least_choices, numpy_generator, repair, sample
@@ -67,7 +66,7 @@ class Budget:
         self._first = np.array([[widths.index(width) for width in widths] for widths in space.choices])
         for bound in constraints:
             if bound.minimum > bound.maximum:  # by the margin that a maximum is lowered by
-                raise InfeasibleConstraint(bound.metric, bound.maximum, bound.minimum, bound.minimum, bound.latency)
+                bound.check(bound.minimum, bound.minimum)
         timed = (self._latencies[c.latency] for c in constraints if c.latency in self._latencies)
         ladder = self.costs(np.array([*(model.fastest for model in timed), *space.ladder]))
         rungs = _tightest(ladder, constraints)
@@ -219,10 +218,7 @@ class Budget:
         """See that some of the structures that cost so much can satisfy each constraint."""
         for constraint in self.constraints:
             values = _values(costs, constraint)
-            smallest, largest = float(values.min()), float(values.max())
-            if constraint.maximum < smallest or constraint.minimum > largest:
-                asked = constraint.maximum if constraint.maximum < smallest else constraint.minimum
-                raise InfeasibleConstraint(constraint.metric, asked, smallest, largest, constraint.latency)
+            constraint.check(float(values.min()), float(values.max()))
 
 
 def predict(

@@ -36,13 +36,19 @@ def sweep(session: Session) -> int:
     return removed
 
 
-def discard(session: Session, sha256: str | None) -> bool:
-    """Forget a blob unless a row still refers to it; True when its file may be removed after the commit."""
+def discard(session: Session, sha256: str | None) -> str | None:
+    """Forget a blob unless a row still refers to it; returns whose file to `remove` after the commit."""
     if sha256 is None or session.scalar(select(Blob.sha256).where(Blob.sha256 == sha256)) is None:
-        return False
+        return None
     try:
         with session.begin_nested():
             session.execute(delete(Blob).where(Blob.sha256 == sha256))
     except IntegrityError:
-        return False
-    return True
+        return None
+    return sha256
+
+
+def remove(sha256: str | None) -> None:
+    """Take away the file of a blob that no longer counts."""
+    if sha256 is not None:
+        blob_path(sha256).unlink(missing_ok=True)

@@ -293,9 +293,8 @@ def _drop_checkpoint(session: Session, job_id: str) -> None:
     """
     memory = session.scalar(select(Job.memory).where(Job.id == job_id)) or {}
     sha256 = (memory.get("checkpoint") or {}).get("sha256")
-    if sha256 and blobs.discard(session, sha256):
-        with suppress(OSError):
-            blobs.blob_path(sha256).unlink()
+    with suppress(OSError):
+        blobs.remove(blobs.discard(session, sha256))
 
 
 def phase_seconds(session: Session, job_id: str) -> dict[str, float]:

@@ -202,5 +202,7 @@ def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
 
 
 def test_an_impossible_latency_is_refused_once_the_table_is_there(world: None) -> None:
-    with pytest.raises(InfeasibleConstraint):
+    with pytest.raises(InfeasibleConstraint) as refused:
         run(submit(latency_bound(0.0001)), Bench())
+    assert (refused.value.metric, refused.value.device) == ("latency_ms", "bench")
+    assert refused.value.asked <= latency_bound(0.0001)["max_ms"] < refused.value.smallest < refused.value.largest

@@ -91,8 +91,8 @@ def step(context: Context, job: Job) -> Outcome:
         blobs.register(session, sha256)
         job.memory = {**job.memory, "told": _tell(context, job, session, method, pruner)}
         checkpoint = {"sha256": sha256, "counters": pruner.counters()}
-        dropped = retraining.replace(context, job, session, checkpoint, progress=progress())
-    retraining.remove(dropped)
+        dropped = retraining.replace_checkpoint(context, job, session, checkpoint, progress=progress())
+    blobs.remove(dropped)
     context.rename("pruner", [*key, sha256])
     return MOVED
 
@@ -144,8 +144,8 @@ def _finish(context: Context, job: Job, method: Method, pruner: Any) -> None:
         changes = turns.hand_on(context, job, [*job.memory.get("queue", []), winner])
         changes["memory"] |= {"told": 0}
         jobs.save_step(session, context.claim, **changes)
-        dropped = old if blobs.discard(session, old) else None
-    retraining.remove(dropped)
+        dropped = blobs.discard(session, old)
+    blobs.remove(dropped)
 
 
 def _kept(context: Context, found: methods.Pruned) -> dict[str, Any]:

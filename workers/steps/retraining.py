@@ -118,8 +118,8 @@ def _take_over(context: Context, job: Job, trial: Trial) -> bool:
             session, context, job, trial, test_accuracy=found.test_accuracy, test_loss=found.test_loss,
             weights=found.weights, model=found.model, reused=True,
         )  # fmt: skip
-        dropped = replace(context, job, session, None)
-    remove(dropped)
+        dropped = replace_checkpoint(context, job, session, None)
+    blobs.remove(dropped)
     context.forget("scratch")
     return True
 
@@ -150,8 +150,8 @@ def _save(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer, pro
     held = {"sha256": sha256, "counters": trainer.counters()}
     with transaction() as session:
         blobs.register(session, sha256)
-        dropped = replace(context, job, session, held, progress=progress)
-    remove(dropped)
+        dropped = replace_checkpoint(context, job, session, held, progress=progress)
+    blobs.remove(dropped)
     context.rename("scratch", [trial["structure_id"], trial["role"], sha256])
 
 
@@ -164,8 +164,8 @@ def _judge(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) ->
     scores = {**job.memory.get("finalists", {}), trial["structure_id"]: found}
     with transaction() as session:
         jobs.add_event(session, job.id, "finalist", {"structure_id": trial["structure_id"], **found})
-        dropped = replace(context, job, session, None, {"finalists": scores})
-    remove(dropped)
+        dropped = replace_checkpoint(context, job, session, None, {"finalists": scores})
+    blobs.remove(dropped)
     context.forget("scratch")
 
 
@@ -183,12 +183,12 @@ def _finish(context: Context, job: Job, trial: Trial, trainer: ScratchTrainer) -
             session, context, job, trial, test_accuracy=score.accuracy, test_loss=score.loss, weights=weights,
             model=onnx,
         )  # fmt: skip
-        dropped = replace(context, job, session, None)
-    remove(dropped)
+        dropped = replace_checkpoint(context, job, session, None)
+    blobs.remove(dropped)
     context.forget("scratch")
 
 
-def replace(
+def replace_checkpoint(
     context: Context, job: Job, session: Any, checkpoint: dict[str, Any] | None, memory: Mapping[str, Any] = {},
     **changes: Any,
 ) -> str | None:  # fmt: skip
@@ -196,10 +196,4 @@ def replace(
     old = (job.memory.get("checkpoint") or {}).get("sha256")
     jobs.save_step(session, context.claim, memory={**job.memory, **memory, "checkpoint": checkpoint}, **changes)
     same = checkpoint is not None and checkpoint["sha256"] == old
-    return old if not same and blobs.discard(session, old) else None
-
-
-def remove(sha256: str | None) -> None:
-    """Take away the file of a checkpoint that no longer counts."""
-    if sha256 is not None:
-        blobs.blob_path(sha256).unlink(missing_ok=True)
+    return None if same else blobs.discard(session, old)

@@ -91,9 +91,8 @@ def _train(
         changes = {"state": JobState.SEARCHING} if ready else {}
         memory = {**job.memory, "net": key, "reused": False}
         jobs.save_step(session, context.claim, memory=memory, progress=progress(), **changes)
-        dropped = old != sha256 and blobs.discard(session, old)
-    if dropped and old is not None:
-        blobs.blob_path(old).unlink(missing_ok=True)
+        dropped = blobs.discard(session, old) if old != sha256 else None
+    blobs.remove(dropped)
     context.forget("trainer") if ready else context.rename("trainer", [key, sha256])
     return MOVED
 
