@@ -8,6 +8,7 @@ SecateursError
 │   ├── InvalidChannels
 │   └── InvalidDataset
 ├── NotFound                     nothing has this name or id
+├── AlreadyExists                something has this name already
 ├── InfeasibleConstraint         no structure of the space satisfies the budget
 ├── NothingFeasible              no structure was found that satisfies all constraints together
 ├── BudgetMissed                 pruning ended before the budget was met
@@ -16,7 +17,7 @@ SecateursError
 ├── MissingLatencies             a lookup table lacks layers that were asked for
 ├── NotCalibrated                a lookup table has no whole networks from which a percentile would follow
 ├── MeasurementFailed            a layer could not be measured; the reason is data
-├── RuntimeUnavailable           the runtime's package is not installed
+├── RuntimeUnavailable           the runtime's package is not installed, or the runtime cannot begin
 ├── NoMeasuringProcess           the process that measures does not start now
 └── ServiceError                 the service answered with a problem document
     └── ServiceUnreachable       it did not answer at all
@@ -176,16 +177,15 @@ class MeasurementFailed(SecateursError):
 
 
 class RuntimeUnavailable(SecateursError):
-    """The package of a runtime is not installed.
+    """A runtime cannot be used here: its package is not installed, or it did not begin.
 
     Attributes:
-        runtime: the runtime's name, also the name of the extra that installs it.
+        runtime: the runtime's name.
     """
 
     def __init__(self, runtime: str, reason: str) -> None:
         self.runtime = runtime
-        how = f"install it with: pip install 'secateurs[{runtime}]'"
-        super().__init__(f"runtime {runtime!r} is not available ({reason}); {how}")
+        super().__init__(f"runtime {runtime!r} is not available: {reason}")
 
 
 class NoMeasuringProcess(SecateursError):
