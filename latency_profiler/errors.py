@@ -26,6 +26,8 @@ SecateursError
 from collections.abc import Sequence
 from typing import Any
 
+COUNTS = ("flops", "parameters")
+
 
 class SecateursError(Exception):
     """Base of all errors that Secateurs raises on purpose."""
@@ -72,7 +74,8 @@ class NotFound(SecateursError):
 
     def __init__(self, kind: str, name: str, known: Sequence[str] = ()) -> None:
         self.kind, self.name = kind, name
-        super().__init__(f"no {kind} {name!r}" + (f"; there are: {', '.join(known)}" if known else ""))
+        listed = f"; there are: {', '.join(known)}" if known else "; see `secateurs jobs`" if kind == "job" else ""
+        super().__init__(f"no {kind} {name!r}{listed}")
 
 
 class AlreadyExists(SecateursError):
@@ -99,9 +102,8 @@ class InfeasibleConstraint(SecateursError):
     def __init__(self, metric: str, asked: float, smallest: float, largest: float, device: str | None = None) -> None:
         self.metric, self.asked, self.smallest, self.largest, self.device = metric, asked, smallest, largest, device
         where = f" on {device}" if device else ""
-        super().__init__(
-            f"no structure has {metric} within {asked:g}{where}: the space reaches from {smallest:g} to {largest:g}"
-        )
+        said, low, high = (f"{value:{'.0f' if metric in COUNTS else 'g'}}" for value in (asked, smallest, largest))
+        super().__init__(f"no structure has {metric} within {said}{where}: the space reaches from {low} to {high}")
 
 
 class NothingFeasible(SecateursError):
