@@ -197,9 +197,9 @@ def test_what_users_write_is_no_markup(call: Any) -> None:
 
 @pytest.mark.usefixtures("server")
 def test_an_infeasible_budget_is_refused_with_the_range(call: Any) -> None:
-    space = get_space("mobilenet_v1", 8, 0.25, 10, True)
+    space = get_space("mobilenet_v1", 64, 0.25, 10, True)
     smallest = flops(space.layers(space.channels(space.smallest)))
-    code, _, err = call(*JOB, "--max-flops", "10")
+    code, _, err = call(*JOB, "--image-size", "64", "--max-flops", "10")
     largest = flops(space.layers(space.channels(space.largest)))
     assert code == 1
     assert f"from {smallest} to {largest}" in err
