@@ -26,7 +26,7 @@ from service.commands.options import (
     read_json,
 )
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 devices = typer.Typer(invoke_without_command=True, help="List devices; add, show, remove them; export, import tables.")
 datasets = typer.Typer(invoke_without_command=True, help="List datasets; add one below the service's data root.")
 
@@ -55,10 +55,11 @@ def add_device(
     if as_json:
         return tables.show_json(answer)
     out.print(answer["token"], soft_wrap=True)
-    here = urlsplit(address).hostname in LOOPBACK
-    server = f"http://THIS-MACHINE:{urlsplit(address).port}" if here else address
-    hint = " (start the service with `up --host 0.0.0.0`, so that others reach it)" if here else ""
-    err.print(f"on the device: SECATEURS_TOKEN=… secateurs agent --server {server} --device {device}{hint}")
+    hint = ""
+    if (host := urlsplit(address).hostname) in LOOPBACK:
+        address = address.replace(host, "THIS-MACHINE", 1)
+        hint = " (start the service with `up --host 0.0.0.0`, so that others reach it)"
+    err.print(f"on the device: SECATEURS_TOKEN=… secateurs agent --server {address} --device {device}{hint}")
 
 
 @devices.command("show")
