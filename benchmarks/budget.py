@@ -55,7 +55,7 @@ def main() -> None:
             lines += _judged(space, device, runtime, jobs)
             for line in lines[-len(jobs) :]:
                 print(json.dumps(line), flush=True)
-            write("budget", {"figures": _figures(lines), "jobs": lines, "at": time.strftime("%Y-%m-%d")})
+            write("budget", {"figures": _figures(lines), "jobs": lines})
     print(json.dumps(_figures(lines)))
 
 

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,19 @@ def kept(job: Json) -> Json:
 
 
 def write(name: str, content: Json) -> Path:
-    """A result file, with the machine and the Python that it was measured with."""
+    """A result file, with what it was measured with, and when."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps(content | {"machine": cpu(), "python": platform.python_version()}, indent=1)
-    path.write_text(text + "\n")
+    path.write_text(json.dumps(content | _measured_with(), indent=1) + "\n")
     return path
+
+
+def _measured_with() -> Json:
+    found = {"machine": cpu(), "python": platform.python_version(), "at": time.strftime("%Y-%m-%d")}
+    for package in ("torch", "onnxruntime"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _key(request: Json) -> str:

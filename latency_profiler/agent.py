@@ -259,7 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         token = read_token(given.token, given.token_file)
         run(Options(given.server, given.device, token, given.runtime, settings, given.spool, given.once))
     except (SecateursError, OSError) as error:  # of the spool: a full disk, a file where a folder should be
-        log.error("%s", error)
+        if given.json:
+            log.error("%s", error)
+        else:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
     return 0
 
@@ -272,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--token", help="the device's token (visible to other users of this machine)")
     parser.add_argument("--token-file", type=Path, help="file that holds it; else SECATEURS_TOKEN is read")
     parser.add_argument("--runtime", default="onnxruntime", help=f"one of {', '.join(names())}")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="threads that compute")
     parser.add_argument("--batch", type=int, default=1, help="images per run")
     parser.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)}, if the runtime has it")
     parser.add_argument("--spool", type=Path, help="folder for measurements that could not be handed in yet")

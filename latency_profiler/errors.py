@@ -8,6 +8,7 @@ SecateursError
 │   ├── InvalidChannels
 │   └── InvalidDataset
 ├── NotFound                     nothing has this name or id
+├── AlreadyExists                something has this name already
 ├── InfeasibleConstraint         no structure of the space satisfies the budget
 ├── NothingFeasible              no structure was found that satisfies all constraints together
 ├── BudgetMissed                 pruning ended before the budget was met
@@ -16,7 +17,7 @@ SecateursError
 ├── MissingLatencies             a lookup table lacks layers that were asked for
 ├── NotCalibrated                a lookup table has no whole networks from which a percentile would follow
 ├── MeasurementFailed            a layer could not be measured; the reason is data
-├── RuntimeUnavailable           the runtime's package is not installed
+├── RuntimeUnavailable           the runtime's package is not installed, or the runtime cannot begin
 ├── NoMeasuringProcess           the process that measures does not start now
 └── ServiceError                 the service answered with a problem document
     └── ServiceUnreachable       it did not answer at all
@@ -24,6 +25,8 @@ SecateursError
 
 from collections.abc import Sequence
 from typing import Any
+
+COUNTS = ("flops", "parameters")
 
 
 class SecateursError(Exception):
@@ -71,7 +74,8 @@ class NotFound(SecateursError):
 
     def __init__(self, kind: str, name: str, known: Sequence[str] = ()) -> None:
         self.kind, self.name = kind, name
-        super().__init__(f"no {kind} {name!r}" + (f"; there are: {', '.join(known)}" if known else ""))
+        listed = f"; there are: {', '.join(known)}" if known else "; see `secateurs jobs`" if kind == "job" else ""
+        super().__init__(f"no {kind} {name!r}{listed}")
 
 
 class AlreadyExists(SecateursError):
@@ -98,9 +102,8 @@ class InfeasibleConstraint(SecateursError):
     def __init__(self, metric: str, asked: float, smallest: float, largest: float, device: str | None = None) -> None:
         self.metric, self.asked, self.smallest, self.largest, self.device = metric, asked, smallest, largest, device
         where = f" on {device}" if device else ""
-        super().__init__(
-            f"no structure has {metric} within {asked:g}{where}: the space reaches from {smallest:g} to {largest:g}"
-        )
+        said, low, high = (f"{value:{'.0f' if metric in COUNTS else 'g'}}" for value in (asked, smallest, largest))
+        super().__init__(f"no structure has {metric} within {said}{where}: the space reaches from {low} to {high}")
 
 
 class NothingFeasible(SecateursError):
@@ -176,16 +179,15 @@ class MeasurementFailed(SecateursError):
 
 
 class RuntimeUnavailable(SecateursError):
-    """The package of a runtime is not installed.
+    """A runtime cannot be used here: its package is not installed, or it did not begin.
 
     Attributes:
-        runtime: the runtime's name, also the name of the extra that installs it.
+        runtime: the runtime's name.
     """
 
     def __init__(self, runtime: str, reason: str) -> None:
         self.runtime = runtime
-        how = f"install it with: pip install 'secateurs[{runtime}]'"
-        super().__init__(f"runtime {runtime!r} is not available ({reason}); {how}")
+        super().__init__(f"runtime {runtime!r} is not available: {reason}")
 
 
 class NoMeasuringProcess(SecateursError):

@@ -5,6 +5,8 @@ Exit codes: 0 done (for `watch`: succeeded), 1 refused or failed, 2 used wrongly
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
@@ -13,10 +15,22 @@ from latency_profiler.errors import InvalidInput, SecateursError
 from service.commands import devices, jobs, local
 from service.commands.options import err
 
-app = typer.Typer(
-    name="secateurs", no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Find the best channel numbers of a convolutional network for your device and your data.",
-)  # fmt: skip
+app = typer.Typer(name="secateurs", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(metadata.version("secateurs"))
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Find the best channel numbers of a convolutional network for your device and your data."""
+
+
 app.command()(local.up)
 app.command()(jobs.submit)
 app.command()(jobs.watch)
@@ -28,6 +42,7 @@ app.command()(jobs.pareto)
 app.add_typer(devices.devices, name="devices")
 app.command()(devices.profile)
 app.add_typer(devices.datasets, name="datasets")
+app.command()(jobs.spaces)
 app.command()(local.price)
 app.command()(local.agent)
 

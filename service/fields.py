@@ -11,7 +11,14 @@ def _storable(text: str) -> str:
     return text
 
 
-Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+ID = r"^[0-9a-z-]+$"
+ALLOWED = {
+    NAME: "must begin with a letter or digit, and hold only letters, digits, dots, underscores and hyphens",
+    ID: "must hold only small letters, digits and hyphens",
+}
+"""What these patterns say, in words."""
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=NAME)]
 Text = Annotated[str, AfterValidator(_storable)]
 """Free text that every database can hold."""
 

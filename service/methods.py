@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from service.choices import Method
 from service.fields import Model, ScratchSpec
 
-Method = Literal["metapruning", "collaborative", "magnitude", "interspace"]
 UNSTRUCTURED: frozenset[Method] = frozenset({"magnitude", "interspace"})
 """They prune single weights: a bound on parameters or flops bounds what is kept, and no latency changes."""
 Share = Annotated[float, Field(gt=0, lt=1)]

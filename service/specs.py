@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from latency_profiler.cost import Constraint, Metric, Statistic
-from service.fields import DescentSpec, Model, Name, ScratchSpec, Text
-from service.methods import UNSTRUCTURED, CollaborativeSpec, InterspaceSpec, MagnitudeSpec, Method
+from service.choices import Effort, LastLayer, Method, Objective, Strategy
+from service.fields import ID, DescentSpec, Model, Name, ScratchSpec, Text
+from service.methods import UNSTRUCTURED, CollaborativeSpec, InterspaceSpec, MagnitudeSpec
 
-Effort = Literal["smoke", "quick", "standard", "paper"]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 
 
@@ -68,7 +68,7 @@ class SearchSpec(Model):
     Where a budget leaves no more structures than there are candidates, all are judged, unless `strategy` is random.
     """
 
-    strategy: Literal["evolution", "random"] = "evolution"
+    strategy: Strategy = "evolution"
     """`random` judges as many random structures: what evolution is to be compared with."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """Of the search alone, so that several can share a PruningNet; None is the job's."""
@@ -122,11 +122,11 @@ class JobRequest(Model):
     space: Name
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     width: Annotated[float, Field(ge=0.05, le=4)] = 1.0
-    last_layer: Literal["free", "fixed"] | None = None
+    last_layer: LastLayer | None = None
     """Whether the width before the classifier is a gene; fixed is as published."""
     dataset: Name
     constraints: Annotated[list[AnyConstraint], Field(min_length=1, max_length=8)]
-    objective: Literal["best", "front"] = "best"
+    objective: Objective = "best"
     """`front` looks for the best structures at every cost within the one constraint."""
     measure_on: Annotated[list[Name], Field(max_length=8)] = []  # noqa: RUF012 - pydantic copies it
     """Devices that measure the winner although no constraint names them."""
@@ -137,7 +137,7 @@ class JobRequest(Model):
     fidelity: FidelitySpec = FidelitySpec()
     dense: ScratchSpec = ScratchSpec()
     """Training of the network that pruning methods begin with; as `retraining` where it says nothing."""
-    start: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-z-]+$")] | None = None
+    start: Annotated[str, Field(max_length=64, pattern=ID)] | None = None
     """A job on this space and dataset whose winner pruning methods begin with, instead of training a dense network."""
     collaborative: CollaborativeSpec = CollaborativeSpec()
     magnitude: MagnitudeSpec = MagnitudeSpec()
@@ -226,6 +226,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
     },
 }  # fmt: skip
+"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
 FINALISTS = {"smoke": 1, "quick": 1, "standard": 8, "paper": 1}
 """Of a search for one structure; 1 is to take the PruningNet's word."""
 TRIAL_SHARE = 3 / 8
@@ -234,7 +235,6 @@ MEMBERS = 3
 """So many structures of a front are trained from scratch where the request names no number."""
 CLASSIFIER_IMAGES = {"smoke": 0, "quick": 0, "standard": 5000, "paper": 0}
 LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
-"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "mobilenet_v2": {"training": {"weight_decay": 0.0}},
     "resnet50": {

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, cast
 
-from latency_profiler.errors import InvalidInput, RuntimeUnavailable
+from latency_profiler.errors import InvalidInput, RuntimeUnavailable, SecateursError
 from latency_profiler.layers import Layer, Node
 from latency_profiler.tensors import Array
 from latency_profiler.timing import Stopwatch, Subject
@@ -107,12 +107,18 @@ def open_runtime(name: str, settings: Settings) -> Runtime:
 
     Raises:
         InvalidInput: no runtime has this name, or it does not compute in this dtype.
-        RuntimeUnavailable: its package is not installed.
+        RuntimeUnavailable: its package is not installed, or it cannot begin.
     """
     known = _points()
     if name not in known:
         raise InvalidInput(f"unknown runtime {name!r}; known runtimes: {', '.join(sorted(known))}")
-    runtime = _load(known[name])(settings)
+    make = _load(known[name])
+    try:
+        runtime = make(settings)
+    except SecateursError:
+        raise
+    except Exception as error:  # a runtime may be anybody's
+        raise RuntimeUnavailable(name, f"{type(error).__name__}: {error}") from error
     if settings.dtype not in runtime.dtypes:
         raise InvalidInput(f"runtime {name!r} computes in {', '.join(runtime.dtypes)}, not in {settings.dtype}")
     return runtime
@@ -126,4 +132,5 @@ def _load(point: EntryPoint) -> Callable[[Settings], Runtime]:
     try:
         return cast("Callable[[Settings], Runtime]", point.load())
     except ImportError as error:
-        raise RuntimeUnavailable(point.name, str(error)) from error
+        how = f"install it with: pip install 'secateurs[{point.name}]'"
+        raise RuntimeUnavailable(point.name, f"{error}; {how}") from error

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Path
 from pydantic import AfterValidator, BaseModel, Field
@@ -14,6 +14,7 @@ from latency_profiler.lookup_table import Fit
 from latency_profiler.spaces.registry import CLASSES, IMAGE_SIZES, WIDTHS
 from service.api.auth import Reader, Submitter
 from service.api.problems import responses
+from service.choices import LastLayer
 from service.fields import Model, Name, Text
 from service.store import devices, measurements, repricing, work
 from service.store.measurements import Progress
@@ -166,7 +167,7 @@ class ProfileRequest(Model):
     image_size: Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[1])] = 224
     width: Annotated[float, Field(ge=WIDTHS[0], le=WIDTHS[1])] = 1.0
     classes: Annotated[int, Field(ge=CLASSES[0], le=CLASSES[1])] = 1000
-    last_layer: Literal["free", "fixed"] = "free"
+    last_layer: LastLayer = "free"
     mode: measurements.Mode = "sampled"
     """`on-demand` measures nothing before a job needs the space, and then so many points."""
     points: Annotated[int, Field(ge=3, le=31)] = measurements.SAMPLED

@@ -18,6 +18,15 @@ from service.store.session import snapshot, takes_writes
 router = APIRouter(tags=["health"])
 
 
+class Root(BaseModel):
+    """What answers here, for whoever opens the address."""
+
+    service: Literal["secateurs"] = "secateurs"
+    contract: Literal["/openapi.json"] = "/openapi.json"
+    health: Literal["/healthz"] = "/healthz"
+    how: str = "there are no web pages: README.md shows the command line and the calls of /v1"
+
+
 class Alive(BaseModel):
     """The process answers."""
 
@@ -30,6 +39,12 @@ class Ready(BaseModel):
     status: Literal["ready"] = "ready"
     database: Literal["ok"] = "ok"
     broker: Literal["ok", "silent", "not asked yet"]
+
+
+@router.get("/")
+def root() -> Root:
+    """Where to go on."""
+    return Root()
 
 
 @router.get("/healthz")

@@ -14,7 +14,7 @@ from service import broker
 from service.api.auth import Reader, Submitter, require
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
 from service.api.problems import responses
-from service.fields import Name
+from service.fields import ID, Name
 from service.specs import JobRequest
 from service.store import datasets, idempotency, jobs, structures
 from service.store.models import TERMINAL, Candidate, Job, JobState, Structure
@@ -26,7 +26,7 @@ from service.submission import prepare
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 POLL_SECONDS = 0.5
 READ = [Depends(require("read"))]
-JobId = Annotated[str, Path(max_length=64, pattern=r"^[0-9a-z-]+$")]
+JobId = Annotated[str, Path(max_length=64, pattern=ID)]
 SpaceKey = Annotated[str, Query(max_length=100, pattern=r"^[A-Za-z0-9._@/+-]+$", description="name or key of a space")]
 
 
@@ -148,7 +148,8 @@ async def events(
 
     Kinds: `state`; `progress`, of which only the newest is kept; `sounding` (by latency: the correction of its
     prices, and the margin that is kept);
-    `generation`, a summary of each; `finalist`, what a short training has come to; `warning`.
+    `generation`, a summary of each; `finalist`, what a short training has come to; `judged`, a mask or structure on a
+    pruning method's way, with its accuracy; `warning`.
     """
     seen, ended = last_event_id, False
     while not ended:

@@ -25,6 +25,7 @@ from latency_profiler.errors import (
     SecateursError,
     UnknownSpace,
 )  # fmt: skip
+from service.fields import ALLOWED
 from service.store.agents import FingerprintMismatch, UploadConflict
 from service.store.devices import DeviceInUse
 from service.store.idempotency import KeyReused, RequestInFlight
@@ -157,8 +158,11 @@ def _validation(_request: Request, error: Exception) -> ProblemResponse:
 def _field_error(entry: dict[str, Any]) -> dict[str, str]:
     """A field's error without its value: some of Pydantic's own messages quote what was sent."""
     message = str(entry["msg"])
-    if entry["type"] == "union_tag_invalid":
-        message = f"must be one of {entry['ctx']['expected_tags']}"
+    match entry["type"]:
+        case "union_tag_invalid":
+            message = f"must be one of {entry['ctx']['expected_tags']}"
+        case "string_pattern_mismatch":
+            message = ALLOWED.get(entry["ctx"]["pattern"], message)
     return {"field": _text(".".join(map(str, entry["loc"]))), "message": _text(message), "type": str(entry["type"])}
 
 

@@ -1,7 +1,7 @@
 """What can be searched, and what a structure costs."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field, model_validator
@@ -13,12 +13,12 @@ from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import CHOICES, LARGEST_WIDTH, Slot, Space
 from service.api.auth import require
 from service.api.problems import responses
+from service.choices import LastLayer
 from service.fields import Model, Name
 from service.store import measurements
 from service.store.session import snapshot
 
 router = APIRouter(prefix="/spaces", tags=["spaces"], dependencies=[Depends(require("read"))])
-LastLayer = Literal["free", "fixed"]
 
 
 class Widths(BaseModel):

@@ -15,8 +15,8 @@ from latency_profiler.spaces.space import Space, width_text
 from service.api.auth import require
 from service.api.jobs import SpaceKey
 from service.api.problems import responses
-from service.fields import Name
-from service.methods import Method
+from service.choices import Method
+from service.fields import ID, Name
 from service.store import datasets, structures
 from service.store.blobs import blob_path
 from service.store.models import Candidate, Result, Role, Structure
@@ -223,7 +223,7 @@ def read_structure(structure: StructureId) -> StructureRead:
 def read_artifact(
     structure: StructureId,
     artifact: Artifact,
-    job: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9a-z-]+$")] = None,
+    job: Annotated[str | None, Query(max_length=64, pattern=ID)] = None,
     method: Method | None = None,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
 ) -> Response:

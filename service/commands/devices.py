@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from latency_profiler.durable import save
+from latency_profiler.errors import InvalidInput
 from latency_profiler.foreign_tables import is_foreign
 from service.commands import tables
 from service.commands.login import connect
@@ -14,6 +16,7 @@ from service.commands.options import (
     ImageSize,
     Json,
     Key,
+    LastLayer,
     Server,
     SpaceName,
     Width,
@@ -23,6 +26,7 @@ from service.commands.options import (
     read_json,
 )
 
+LOOPBACK = ("127.0.0.1", "localhost")
 devices = typer.Typer(invoke_without_command=True, help="List devices; add, show, remove them; export, import tables.")
 datasets = typer.Typer(invoke_without_command=True, help="List datasets; add one below the service's data root.")
 
@@ -51,7 +55,11 @@ def add_device(
     if as_json:
         return tables.show_json(answer)
     out.print(answer["token"], soft_wrap=True)
-    err.print(f"on the device: SECATEURS_TOKEN=… secateurs agent --server {address} --device {device}")
+    hint = ""
+    if (host := urlsplit(address).hostname) in LOOPBACK:
+        address = address.replace(host, "THIS-MACHINE", 1)
+        hint = " (start the service with `up --host 0.0.0.0`, so that others reach it)"
+    err.print(f"on the device: SECATEURS_TOKEN=… secateurs agent --server {address} --device {device}{hint}")
 
 
 @devices.command("show")
@@ -78,7 +86,7 @@ def export_table(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """A device's lookup table as JSON or CSV."""
+    """A device's lookup table as JSON, or its layers as CSV."""
     with connect(server, key) as client:
         csv = file is not None and file.suffix == ".csv"
         text = client.lookup_table_csv(device) if csv else tables.as_json(client.lookup_table(device))
@@ -98,6 +106,8 @@ def import_table(
     as_json: Json = False,
 ) -> None:
     """Give a device a lookup table that was measured elsewhere."""
+    if file.suffix == ".csv":
+        raise InvalidInput(f"{file} is for spreadsheets: import the JSON that `devices export` writes")
     table = read_json(file)
     with connect(server, key) as client:
         if is_foreign(table):
@@ -113,7 +123,7 @@ def profile(
     image_size: ImageSize = None,
     width: Width = 1.0,
     classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
-    last_layer: Annotated[str | None, typer.Option(help="free or fixed: the width before the classifier.")] = None,
+    last_layer: LastLayer = None,
     points: Annotated[
         int | None, typer.Option(min=3, max=31, help="Widths per slot; the rest is interpolated.")
     ] = None,
@@ -151,7 +161,7 @@ def list_datasets(context: typer.Context, server: Server = None, key: Key = None
 
 @datasets.command("add")
 def add_dataset(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What jobs shall call it.")],
     path: Annotated[str, typer.Argument(help="Folder, archive or .npz, relative to the service's data root.")],
     kind: Annotated[str | None, typer.Option(help="folder, archive or npz; without it the path's ending says.")] = None,
     server: Server = None,

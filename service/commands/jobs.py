@@ -1,4 +1,4 @@
-"""Submit searches, follow them, and ask what they found."""
+"""Ask what can be searched, submit searches, follow them, and ask what they found."""
 
 import json
 import uuid
@@ -7,7 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from latency_profiler.cost import Statistic
 from latency_profiler.errors import InvalidInput
+from latency_profiler.spaces.registry import SPACES
+from service.choices import Effort, Method, Objective, Strategy
 from service.commands import tables
 from service.commands.login import connect
 from service.commands.options import (
@@ -18,10 +21,11 @@ from service.commands.options import (
     JobId,
     Json,
     Key,
+    LastLayer,
     Limit,
     MaxMs,
+    Quantile,
     Server,
-    Statistic,
     err,
     given,
     latency_bounds,
@@ -31,8 +35,12 @@ from service.commands.options import (
 )  # fmt: skip
 from service.commands.watching import follow
 
-Text = Annotated[str | None, typer.Option()]
-Number = Annotated[int | None, typer.Option(min=1)]
+WANTED = {
+    "space": f"name a space: {', '.join(sorted(SPACES))}",
+    "dataset": "give --dataset, e.g. digits; `secateurs datasets` lists all",
+    "constraints": "give --max-flops, --max-parameters or --device with --max-ms",
+}
+"""What no job goes without."""
 
 
 def submit(
@@ -43,23 +51,23 @@ def submit(
     max_parameters: Count = None,
     device: Devices = None,
     max_ms: MaxMs = None,
-    statistic: Statistic = None,
+    statistic: Quantile = None,
     measure_on: Annotated[list[str] | None, typer.Option(help="Also measure the winner on this device.")] = None,
-    effort: Annotated[str | None, typer.Option(help="smoke, quick, standard or paper.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    effort: Annotated[Effort | None, typer.Option(help="How much is trained and searched (default: standard).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all that is random (default: 0).")] = None,
     image_size: ImageSize = None,
     width: AnyWidth = None,
-    last_layer: Annotated[str | None, typer.Option(help="free or fixed: the width before the classifier.")] = None,
+    last_layer: LastLayer = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the PruningNet.")] = None,
-    generations: Number = None,
-    population: Number = None,
+    generations: Annotated[int | None, typer.Option(min=1, help="Generations of the search.")] = None,
+    population: Annotated[int | None, typer.Option(min=2, help="Candidates of a generation.")] = None,
     retraining_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs from scratch.")] = None,
     finalists: Annotated[int | None, typer.Option(help="Train so many of the best a little to choose one.")] = None,
     fidelity: Annotated[int | None, typer.Option(help="Train so many random structures to judge the proxy.")] = None,
-    objective: Annotated[str | None, typer.Option(help="best, or front: the best at every cost.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="evolution, or random to compare with.")] = None,
+    objective: Annotated[Objective | None, typer.Option(help="One winner, or the best at every cost.")] = None,
+    strategy: Annotated[Strategy | None, typer.Option(help="How the search goes; random to compare with.")] = None,
     baselines: Annotated[bool | None, typer.Option(help="Also train the uniform network at the budget.")] = None,
-    method: Annotated[str | None, typer.Option(help="metapruning, collaborative, magnitude or interspace.")] = None,
+    method: Annotated[Method | None, typer.Option(help="How the network is made smaller.")] = None,
     compare_with: Annotated[list[str] | None, typer.Option(help="A further method under the same budget.")] = None,
     start: Annotated[str | None, typer.Option(help="Job whose winner pruning methods begin with.")] = None,
     name: Annotated[str | None, typer.Option(help="A name of your own.")] = None,
@@ -90,6 +98,8 @@ def submit(
             raise InvalidInput(f"{file}: {part} must be an object, such as {json.dumps({part: options})}")
         if options:
             job[part] = (job.get(part) or {}) | options
+    if missing := [say for field, say in WANTED.items() if not job.get(field)]:
+        raise InvalidInput(missing[0])
     with connect(server, key) as client:
         submitted = client.submit(job, idempotency_key or uuid.uuid4().hex)
         if not (as_json and watch):
@@ -98,8 +108,15 @@ def submit(
             _watch(client, submitted["id"], as_json)
 
 
+def spaces(server: Server = None, key: Key = None, as_json: Json = False) -> None:
+    """What can be searched: spaces, their genes, and the widths that a gene chooses among."""
+    with connect(server, key) as client:
+        answer = client.spaces()
+    tables.show_json(answer) if as_json else tables.show_rows(out, answer["items"], "spaces")
+
+
 def _constraints(
-    counts: dict[str, dict[str, Any]], latencies: dict[str, float], statistic: str | None
+    counts: dict[str, dict[str, Any]], latencies: dict[str, float], statistic: Statistic | None
 ) -> list[dict[str, Any]]:
     bounds: list[dict[str, Any]] = [{"metric": metric, **bound} for metric, bound in counts.items() if bound]
     return bounds + [
@@ -177,7 +194,7 @@ def best(
     max_parameters: Count = None,
     device: Devices = None,
     max_ms: MaxMs = None,
-    statistic: Statistic = None,
+    statistic: Quantile = None,
     image_size: ImageSize = None,
     width: AnyWidth = None,
     accuracy: Annotated[str | None, typer.Option(help="Rank by proxy (every candidate) or test accuracy.")] = None,
@@ -209,7 +226,7 @@ def pareto(
     space: Annotated[str, typer.Option(help="Structures of this space.")],
     dataset: Annotated[str, typer.Option(help="Judged on this dataset.")],
     device: Annotated[str | None, typer.Option(help="Against latency on this device.")] = None,
-    statistic: Annotated[str | None, typer.Option(help="Of the runs there: p50 (the median), or p90.")] = None,
+    statistic: Quantile = None,
     metric: Annotated[str | None, typer.Option(help="Against flops (the default) or parameters.")] = None,
     image_size: ImageSize = None,
     width: AnyWidth = None,

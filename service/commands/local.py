@@ -16,14 +16,14 @@ from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.commands import tables
 from service.commands.login import connect, home_folder
-from service.commands.options import Json, Key, Server, SpaceName, Width, out, parse_integers, read_json
+from service.commands.options import Json, Key, LastLayer, Server, SpaceName, Width, out, parse_integers, read_json
 from service.up import Up
 
 
 def up(
     home: Annotated[Path | None, typer.Option(envvar="SECATEURS_HOME", help="Where everything is kept.")] = None,
     host: Annotated[str, typer.Option(envvar="SECATEURS_HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="SECATEURS_PORT", min=1, max=65535)] = 8740,
+    port: Annotated[int, typer.Option(envvar="SECATEURS_PORT", min=1, max=65535, help="Port to listen on.")] = 8740,
     workers: Annotated[int, typer.Option(min=1, help="How many run at once: jobs first, the rest help to score.")] = 1,
     agent: Annotated[bool, typer.Option(help="Measure on this machine as device this-machine.")] = True,
     as_json: Json = False,
@@ -40,7 +40,7 @@ def agent(
     token: Annotated[str | None, typer.Option(envvar="SECATEURS_TOKEN", help="The device's token.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File that holds it.")] = None,
     runtime: Annotated[str, typer.Option(help="What computes; a wrong name lists all.")] = "onnxruntime",
-    threads: int = 1,
+    threads: Annotated[int, typer.Option(help="Threads that compute.")] = 1,
     batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
     dtype: Annotated[str, typer.Option(help="Numbers that it computes in; a wrong name lists all.")] = "float32",
     spool: Annotated[Path | None, typer.Option(help="Folder for what could not be handed in yet.")] = None,
@@ -67,16 +67,14 @@ def price(
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 1000,
     width: Width = 1.0,
-    last_layer: Annotated[str, typer.Option(help="free or fixed: the width before the classifier.")] = "fixed",
+    last_layer: LastLayer = "fixed",
     table: Annotated[Path | None, typer.Option(help="A lookup table that `devices export` wrote.")] = None,
     device: Annotated[str | None, typer.Option(help="A device of the service, whose table is used.")] = None,
     server: Server = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """What a structure costs (without --encoding and --channels: the unpruned network). Needs no server."""
-    if last_layer not in ("fixed", "free"):
-        raise InvalidInput(f"--last-layer is {last_layer!r}; it must be fixed or free")
+    """What a structure costs (without --encoding and --channels: the unpruned network); only --device asks a server."""
     place = get_space(space, image_size, width, classes, last_layer == "free")
     genes = None if encoding is None else parse_integers(encoding)
     structure = _channels(place, genes, channels)

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from latency_profiler.cost import Statistic
 from latency_profiler.errors import InvalidInput
+from service import choices
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
@@ -23,8 +25,11 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 DeviceName = Annotated[str, typer.Argument(metavar="DEVICE", help="Name of the device.")]
 Devices = Annotated[list[str] | None, typer.Option("--device", help="Device that the next --max-ms is about.")]
 MaxMs = Annotated[list[float] | None, typer.Option(help="Most milliseconds on that device.")]
-Statistic = Annotated[
-    str | None, typer.Option(help="Of the runs that --max-ms bounds: p50 (the median), or p90 (nine of ten).")
+Quantile = Annotated[
+    Statistic | None, typer.Option(help="Of the runs of a network: p50 (the median), or p90 (nine of ten).")
+]  # fmt: skip
+LastLayer = Annotated[
+    choices.LastLayer | None, typer.Option(help="Whether the width before the classifier can be chosen.")
 ]  # fmt: skip
 Limit = Annotated[int, typer.Option(min=1, max=200, help="How many to show.")]
 Count = Annotated[str | None, typer.Option(metavar="COUNT", help="A number, e.g. 1500000, 300K or 1.5M.")]

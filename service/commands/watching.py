@@ -46,6 +46,7 @@ def bars(console: Console) -> Progress:
 
 def follow(client: Client, job_id: str, console: Console, label: str | None = None) -> dict[str, Any]:
     """Show a job until it has ended and return it; a server that goes away is waited for."""
+    client.job(job_id)  # one that does not exist is refused before anything is drawn
     with bars(console) as progress:
         bar = JobBar(progress, label or job_id[:8])
         for event in client.events(job_id):

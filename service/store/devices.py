@@ -60,12 +60,17 @@ def get(session: Session, name: str) -> Device:
     """One device.
 
     Raises:
-        NotFound: no device has this name.
+        NotFound: no device has this name; says which there are.
     """
     device = session.scalar(select(Device).where(Device.name == name))
     if device is None:
-        raise NotFound("device", name)
+        raise NotFound("device", name, known(session))
     return device
+
+
+def known(session: Session) -> Sequence[str]:
+    """The first names, for a message."""
+    return session.scalars(select(Device.name).order_by(Device.name).limit(20)).all()
 
 
 def list_all(session: Session) -> Sequence[Device]:

@@ -406,7 +406,7 @@ class Job(Base):
     id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_id)
     created_by: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
     spec: Mapped[dict[str, Any]]
-    """The request with every default filled in (`service.specs.JobSpec`)."""
+    """The request with every default filled in (`service.specs.JobRequest`)."""
     space_key: Mapped[str] = mapped_column(String(100))
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     seed: Mapped[int]
@@ -444,7 +444,7 @@ class JobEvent(Base):
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     kind: Mapped[str] = mapped_column(String(16))
-    """`state`, `progress`, `generation` or `warning`."""
+    """`state`, `progress`, `sounding`, `generation`, `finalist`, `judged` or `warning`."""
     data: Mapped[dict[str, Any]]
     created_at: Mapped[float] = mapped_column(default=now())
 

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Statistic, latency_name, split_latency
 from latency_profiler.errors import NotFound
-from service.store import skybands
+from service.store import devices, skybands
 from service.store.models import (
     Candidate,
     Dataset,
@@ -330,7 +330,7 @@ def device_ids(session: Session, names: Sequence[str]) -> dict[str, str]:
     found = {name: id_ for name, id_ in session.execute(select(Device.name, Device.id).where(Device.name.in_(names)))}
     for name in names:
         if name not in found:
-            raise NotFound("device", name, session.scalars(select(Device.name).order_by(Device.name).limit(20)).all())
+            raise NotFound("device", name, devices.known(session))
     return found
 
 

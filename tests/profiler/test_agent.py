@@ -506,7 +506,9 @@ def test_an_agent_that_cannot_work_says_so_in_one_line(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     assert len(errors.splitlines()) == 1
-    assert "dtype is 'int4'" in errors
+    assert errors.startswith("error: dtype is 'int4'")
+    _, line = launch("http://127.0.0.1:1", tmp_path, "--dtype", "int4", "--json").communicate(timeout=20)
+    assert json.loads(line)["level"] == "ERROR"
 
 
 def launch(server: str, tmp_path: Path, *more: str) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from latency_profiler.device import fingerprint
-from latency_profiler.errors import MeasurementFailed
+from latency_profiler.errors import MeasurementFailed, RuntimeUnavailable
 from latency_profiler.graphs import layer_model
 from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.measuring import measure_work
@@ -69,6 +69,13 @@ def test_readmes_runtime_measures_on_its_board(board: Path) -> None:
     assert onnx.load(board / "secateurs-0.onnx") == layer_model(LAYER, batch=2)
     said = (board / "said").read_text()
     assert "pi@board onnxruntime_perf_test -I -m times -r 10 -x 4 -y 1 /tmp/secateurs-0.onnx" in said
+
+
+@pytest.mark.usefixtures("board")
+def test_readmes_runtime_without_its_board_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SECATEURS_BOARD")
+    with pytest.raises(RuntimeUnavailable, match="'board' is not available: KeyError: 'SECATEURS_BOARD'"):
+        open_runtime("board", Settings())
 
 
 def test_an_agents_work_runs_on_the_board_and_its_failures_are_data(board: Path) -> None:

@@ -206,6 +206,13 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         open_runtime("tensorrt", Settings())
 
 
+def test_a_runtime_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("board", "os:environ.__getitem__", base.GROUP)  # takes anything, and has no such variable
+    monkeypatch.setattr(base, "entry_points", lambda group: [point])
+    with pytest.raises(RuntimeUnavailable, match=r"'board' is not available: TypeError"):
+        open_runtime("board", Settings())
+
+
 def values(seed: int, layer: Layer, count: int = 5) -> list[float]:
     subject = Simulated(Settings(), seed).load_layer(layer)
     return [subject.seconds(10) for _ in range(count)]

@@ -15,6 +15,9 @@ from service.store.session import takes_writes, transaction
 
 def test_health_needs_no_key(client: TestClient) -> None:
     del client.headers["Authorization"]
+    root = client.get("/").json()
+    assert all(client.get(root[name]).status_code == 200 for name in ("contract", "health"))
+    assert "README" in root["how"]
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready", "database": "ok", "broker": "not asked yet"}
 

@@ -10,7 +10,7 @@ from service.app import create_app
 from service.store import devices, keys
 from service.store.session import transaction
 
-OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
+OPEN = {"/", "/healthz", "/readyz", "/metrics", "/openapi.json"}
 
 
 def operations() -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from latency_profiler.cost import flops
 from latency_profiler.lookup_table import Entry, LatencyTable
-from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.registry import SPACES, get_space
 from service import cli
 from service.app import create_app
 from service.commands import tables
@@ -113,13 +114,20 @@ def test_price_with_a_table_adds_latency_and_shares(call: Any, tmp_path: Path) -
         (["price", "resnet20", "--encoding", "1", "--channels", "1"], 2, "not both"),
         (["price", "resnet20", "--encoding", "99"], 2, "genes"),
         (["price", "resnet20", "--table", "/nowhere.json"], 2, "/nowhere.json"),
-        (["price", "resnet20", "--last-layer", "odd"], 2, "fixed or free"),
+        (["price", "resnet20", "--last-layer", "odd"], 2, "'free', 'fixed'"),
         (["prize"], 2, "No such command"),
         (["jobs"], 2, "SECATEURS_KEY"),
         (["jobs", "--server", "http://127.0.0.1:1", "--key", "k"], 1, "is `secateurs up` running?"),
         (["jobs", "--server", "nonsense", "--key", "k"], 2, "http://"),
         (["submit", "x", "--dataset", "d", "--max-flops", "many", "--key", "k"], 2, "1.5M"),
         (["submit", "x", "--dataset", "d", "--device", "a", "--key", "k"], 2, "--max-ms"),
+        (["submit", "--dataset", "d", "--max-flops", "1M", "--key", "k"], 2, "name a space: lenet"),
+        (["submit", "x", "--max-flops", "1M", "--key", "k"], 2, "--dataset"),
+        (["submit", "x", "--dataset", "d", "--key", "k"], 2, "--max-flops, --max-parameters or --device with --max-ms"),
+        (["submit", "x", "--method", "y"], 2, "'y' is not one of 'metapruning', 'collaborative'"),
+        (["submit", "x", "--effort", "y"], 2, "'y' is not one of 'smoke', 'quick'"),
+        (["submit", "x", "--strategy", "y"], 2, "'y' is not one of 'evolution', 'random'"),
+        (["devices", "import", "d", "table.csv", "--key", "k"], 2, "import the JSON"),
         (["agent", "--device", "d", "--server", "http://127.0.0.1:1"], 2, "SECATEURS_TOKEN"),
     ],
 )
@@ -189,18 +197,20 @@ def test_what_users_write_is_no_markup(call: Any) -> None:
 
 @pytest.mark.usefixtures("server")
 def test_an_infeasible_budget_is_refused_with_the_range(call: Any) -> None:
-    space = get_space("mobilenet_v1", 8, 0.25, 10, True)
+    space = get_space("mobilenet_v1", 64, 0.25, 10, True)
     smallest = flops(space.layers(space.channels(space.smallest)))
-    code, _, err = call(*JOB, "--max-flops", "10")
+    code, _, err = call(*JOB, "--image-size", "64", "--max-flops", "10")
+    largest = flops(space.layers(space.channels(space.largest)))
     assert code == 1
-    assert f"{smallest:g}" in err
+    assert f"from {smallest} to {largest}" in err
 
 
 @pytest.mark.usefixtures("server")
 def test_a_device_lives_from_add_to_remove(call: Any, tmp_path: Path) -> None:
     code, token, hint = call("devices", "add", "bench")
     assert code == 0
-    assert "secateurs agent" in hint
+    assert "secateurs agent --server http://THIS-MACHINE:" in hint
+    assert "up --host 0.0.0.0" in hint
     assert token.strip() not in hint
     assert call("devices", "add", "bench")[0] == 1
     assert "bench" in call("devices")[1]
@@ -229,6 +239,39 @@ def test_a_device_lives_from_add_to_remove(call: Any, tmp_path: Path) -> None:
     assert (imported["stored"], list(imported["skipped"])) == (1, ["Logits-input:1x1x4"])
     assert call("devices", "remove", "bench")[0] == 0
     assert call("devices", "show", "bench")[0] == 1
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["devices", "add", "bad name!"], "body.name: must begin with a letter or digit"),
+        (["devices", "show", "nope"], "no device 'nope'; there are: bench"),
+        (["devices", "export", "nope"], "no device 'nope'; there are: bench"),
+        (["devices", "remove", "nope"], "no device 'nope'; there are: bench"),
+        (["profile", "nope", "resnet20"], "no device 'nope'; there are: bench"),
+        (["watch", "abc"], "no job 'abc'; see `secateurs jobs`"),
+        (["cancel", "abc"], "no job 'abc'; see `secateurs jobs`"),
+        (["watch", "A!"], "path.job: must hold only small letters, digits and hyphens"),
+    ],
+)
+def test_what_the_service_refuses_is_one_line_that_helps(call: Any, arguments: list[str], says: str) -> None:
+    call("devices", "add", "bench")
+    code, out, err = call(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {says}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("server")
+def test_spaces_are_listed(call: Any) -> None:
+    shown = call("spaces")[1]
+    assert all(name in shown for name in SPACES)
+    assert {one["name"] for one in answer(call("spaces", "--json"))["items"]} == set(SPACES)
+
+
+def test_the_version_is_told(call: Any) -> None:
+    assert call("--version") == (0, f"{version('secateurs')}\n", "")
 
 
 @pytest.mark.usefixtures("server")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from service.methods import Method
+from service.choices import Method
 from service.store import blobs, results, structures
 from service.store.models import Job, Role
 from service.store.session import transaction

@@ -14,7 +14,7 @@ from torch import Tensor
 from latency_profiler.cost import Metric
 from latency_profiler.errors import SecateursError
 from latency_profiler.graphs import build_model
-from service.methods import Method
+from service.choices import Method
 from service.store import blobs, candidates, jobs, results
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction

@@ -7,7 +7,8 @@ corrections take them off the queue again.
 from collections.abc import Sequence
 from typing import Any
 
-from service.methods import UNSTRUCTURED, Method
+from service.choices import Method
+from service.methods import UNSTRUCTURED
 from service.store import jobs
 from service.store.models import Job, JobState, Role
 from service.store.session import transaction

@@ -1,0 +1,16 @@
+"""What the benchmarks keep of a run."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from benchmarks import jobs
+
+
+def test_a_result_file_says_what_it_was_measured_with_and_when(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    kept = json.loads(jobs.write("gain", {"seeds": {}}).read_text())
+    assert set(kept) >= {"seeds", "machine", "python", "at"}
+    assert (kept["torch"], kept["onnxruntime"]) == (version("torch"), version("onnxruntime"))
