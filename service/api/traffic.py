@@ -22,6 +22,8 @@ REQUESTS = Counter("secateurs_requests", "Answered requests", ["method", "route"
 SECONDS = Histogram("secateurs_request_seconds", "Seconds until an answer was complete", ["method", "route"])
 MAX_BODY = 1 << 20
 """Bytes of a request's body, counted as they arrive; routes that take tables and measurements allow more."""
+MOST_DROPPED = 1 << 27
+"""Bytes of a stranger's body that are taken in and dropped before it is refused."""
 BODY_SECONDS, LEAST_RATE = 30.0, 16_384
 """A body may take so long, and a second more for every so many bytes of it."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -75,16 +77,23 @@ class _Exchange:
         """
         if self._whole:
             return await self._receive()
+        message = await self._part()
+        if self._got > MAX_BODY and not self._known:
+            self._known = await run_in_threadpool(is_known, Headers(scope=self._scope).get("authorization", ""))
+            if not self._known:
+                while not self._whole and self._got < MOST_DROPPED:  # a client hears nothing before it has sent all
+                    await self._part()
+                raise HTTPException(401, "a body of this size needs an API key or a device's token", AUTHENTICATE)
+        return message
+
+    async def _part(self) -> Message:
+        """The next part of the body, in time."""
         left = BODY_SECONDS + self._got / LEAST_RATE - (time.perf_counter() - self._began)
         try:
             message = await asyncio.wait_for(self._receive(), max(left, 0.0))
         except TimeoutError:
             raise HTTPException(408, "the body comes too slowly") from None
         self._whole, self._got = not message.get("more_body", False), self._got + len(message.get("body", b""))
-        if self._got > MAX_BODY and not self._known:
-            self._known = await run_in_threadpool(is_known, Headers(scope=self._scope).get("authorization", ""))
-            if not self._known:
-                raise HTTPException(401, "a body of this size needs an API key or a device's token", AUTHENTICATE)
         return message
 
     async def send(self, message: Message) -> None:
