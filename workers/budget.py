@@ -187,9 +187,8 @@ class Budget:
         if self.timed:  # a wider one may be faster
             wanted = reversed(self._shares_of(TIMED_SHARES))
             return next((one for one in wanted if self._within(one, of)), self.space.uniform(SMALLEST_SHARE))
-        networks = self._shares_of(
-            {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
-        )
+        shares = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
+        networks = self._shares_of(shares | {SMALLEST_SHARE})
         at = bisect_left(networks, True, key=lambda one: not self._within(one, of))
         return networks[max(0, at - 1)]
 

@@ -157,6 +157,12 @@ def test_the_uniform_network_is_the_largest_within_the_budget(share: float) -> N
         assert flops(SPACE.layers(following)) > share * FULL
 
 
+def test_the_uniform_network_may_be_the_smallest_structure() -> None:
+    space = get_space("resnet20", 32, 0.5, 10, free_last=True)  # a tenth of its widths is no whole share of any
+    smallest = space.channels(space.smallest)
+    assert Budget(space, [Constraint(Metric.FLOPS, flops(space.layers(smallest)))], {}, {}).uniform() == smallest
+
+
 def test_a_loose_budget_leaves_only_near_full_structures_and_still_samples() -> None:
     budget = Budget(SPACE, [Constraint(Metric.FLOPS, 10 * FULL)], {}, {}, least_share=0.9)
     found = budget.sample(10, numpy_generator(0, "loose"))
