@@ -112,3 +112,8 @@ class InterspaceSpec(Model):
     rigl_densities: Literal["er", "erk", "uniform"] = "erk"
     from_dense: bool = False
     """Prune a trained dense network instead of random weights."""
+
+    @property
+    def keeps_classifier(self) -> bool:
+        """Whether all other layers are pruned before the classifier is."""
+        return self.pruning == "magnitude" and self.lottery_keeps_classifier

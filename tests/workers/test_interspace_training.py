@@ -157,6 +157,15 @@ def test_masks_are_judged_when_their_training_ends(method: Method, rounds: list[
         assert made.judged[0].sparse_flops == flops(SPACE.layers(CHANNELS))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_without_weights_are_named(method: Method, data: Data) -> None:
+    few = Allowance.within(NODES, Constraint(Metric.PARAMETERS, 10))
+    made = finished(data, method, allowance=few, lottery_share=0.99)
+    empty = [NODES[int(name)].name for name, mask in made.masks.items() if not mask.any()]
+    assert empty
+    assert made.judged[-1].note == "; ".join([f"{method}, fine", *(f"{name} has no weights left" for name in empty)])
+
+
 def test_the_outcome_is_an_ordinary_network_that_can_be_taken_back(data: Data) -> None:
     made = finished(data, "snip")
     outcome = made.outcome()

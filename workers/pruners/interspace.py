@@ -21,7 +21,7 @@ from workers.pruners.allowance import Allowance
 from workers.pruners.filter_bases import InterspaceNetwork
 from workers.pruners.interspace_settings import DYNAMIC, InterspaceSettings
 from workers.pruners.judgement import Judgement
-from workers.pruners.masks import Masks, kept, sparse_flops
+from workers.pruners.masks import Masks, emptied, kept, sparse_flops
 from workers.sgd import Momentum, Rule
 from workers.training import Trainer, TrainingSettings
 
@@ -235,11 +235,12 @@ class InterspaceTrainer(Trainer):
     def _judge(self) -> None:
         score = evaluate(self.network, self._data.sub_validation, self.device)
         self.network.train()
-        options, allowance = self.options, self.allowance
+        options, nodes = self.options, self.network.nodes
+        notes = [f"{options.method}, {options.bases.sharing}"]
+        notes += [f"{layer} has no weights left" for layer in emptied(nodes, self.masks)]
         self.judged.append(
             Judgement(
-                self.round, self.network.channels, kept(self.masks),
-                sum(allowance.sizes.values()), sparse_flops(self.network.nodes, self.masks), score.accuracy,
-                score.loss, f"{options.method}, {options.bases.sharing}",
+                self.round, self.network.channels, kept(self.masks), sum(self.allowance.sizes.values()),
+                sparse_flops(nodes, self.masks), score.accuracy, score.loss, "; ".join(notes),
             )
         )  # fmt: skip
