@@ -63,7 +63,8 @@ class InterspaceTrainer(Trainer):
             self.network.adopt(start)
         self.network.to(device)
         self._theta = self.network.prunable()
-        self._sgd = Momentum(*self.network.decayed())
+        rates = dict.fromkeys(self.network.bases.values(), options.bases.rate)
+        self._sgd = Momentum(*self.network.decayed(), rates)
         self.masks: Masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._theta.items()}
         self.round = 0
         """Masks behind; 0 is the dense network."""
@@ -133,9 +134,6 @@ class InterspaceTrainer(Trainer):
         for name, parameter in self._theta.items():
             assert parameter.grad is not None
             parameter.grad.masked_fill_(~self.masks[name], 0.0)
-        for basis in self.network.bases.values():
-            if basis.grad is not None:
-                basis.grad.mul_(self.options.bases.rate)
         self._clip(self._sgd.parameters)
         self._sgd.step(Rule(rate, self.settings.momentum, self.settings.weight_decay))
 
