@@ -307,5 +307,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     assert InterspaceSettings("magnitude").levels(0.5, trained=False) == pytest.approx((1.0, 0.8, 0.64, 0.512, 0.0))
     assert InterspaceSettings("magnitude").levels(0.9, trained=True) == (0.0,)
     annealed = InterspaceSettings("rigl", rigl_annealed=True, rigl_until=100)
-    assert [annealed.rigl_share_at(i) for i in (0, 50, 100)] == pytest.approx([0.3, 0.15, 0.0])
-    assert InterspaceSettings("rigl").rigl_share_at(99) == 0.3
+    for total, last in ((10_000, 100), (180, 80)):  # at the latest an interval before the end
+        shares = [annealed.rigl_share_at(i, total) for i in (0, last // 2, last)]
+        assert shares == pytest.approx([0.3, 0.15, 0.0])
+    assert InterspaceSettings("rigl").rigl_share_at(99, 180) == 0.3

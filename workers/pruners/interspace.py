@@ -204,13 +204,13 @@ class InterspaceTrainer(Trainer):
         self._apply(masks)
 
     def _exchanges_by_gradient(self) -> bool:
-        every, last = self.options.rigl_every, min(self.options.rigl_until, self.total - self.options.rigl_every)
-        return self.options.method == "rigl" and 0 < self.done <= last and self.done % every == 0
+        options, done = self.options, self.done
+        return options.method == "rigl" and 0 < done <= options.rigl_last(self.total) and done % options.rigl_every == 0
 
     def _exchange_by_gradient(self) -> None:
         """In the place of the optimiser's step: the gradient of inactive entries is that of F^T dL/dh, unmasked."""
         growth = {name: entry.grad.abs() for name, entry in self._theta.items() if entry.grad is not None}
-        self._exchange(growth, self.options.rigl_share_at(self.done))
+        self._exchange(growth, self.options.rigl_share_at(self.done, self.total))
         for parameter in self._sgd.parameters:
             parameter.grad = None
 

@@ -52,7 +52,7 @@ class InterspaceSettings:
     rigl_share: float = 0.3
     """Share of a layer's entries that RigL exchanges [CODE]."""
     rigl_annealed: bool = False
-    """Whether that share falls along a cosine to zero at `rigl_until` [CODE: an option]."""
+    """Whether that share falls along a cosine to zero at the last exchange [CODE: an option]."""
     rigl_every: int = 100
     """Iterations between RigL's exchanges [CODE]."""
     rigl_until: int = 25_000
@@ -98,6 +98,10 @@ class InterspaceSettings:
             return self.synflow_rounds
         return 0 if self.method == "magnitude" and not trained else 1
 
-    def rigl_share_at(self, iteration: int) -> float:
-        """The share of a layer's entries that RigL exchanges at an iteration."""
-        return cosine(self.rigl_share, iteration, self.rigl_until) if self.rigl_annealed else self.rigl_share
+    def rigl_last(self, total: int) -> int:
+        """Iteration of RigL's last exchange in a training of so many."""
+        return min(self.rigl_until, total - self.rigl_every)
+
+    def rigl_share_at(self, iteration: int, total: int) -> float:
+        """The share of a layer's entries that RigL exchanges at an iteration, up to the last one of a training."""
+        return cosine(self.rigl_share, iteration, self.rigl_last(total)) if self.rigl_annealed else self.rigl_share
