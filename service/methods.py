@@ -100,7 +100,9 @@ class InterspaceSpec(Model):
     grasp_xavier: bool = True
     synflow_rounds: Rounds = 100
     lottery_share: Share = 0.2
-    lottery_rewinds: bool = True
+    lottery_rewinds: bool | None = None
+    """Whether levels of magnitude pruning begin from the first weights; None: unless these are trained already, by
+    `from_dense` or `start`."""
     lottery_keeps_classifier: bool = True
     lottery_basis_norms: bool = False
     set_share: Share = 0.3

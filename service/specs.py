@@ -289,6 +289,9 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
     tenth = {"learning_rate": filled["dense"].learning_rate / 10, "warm_up": 0.0}
     fine_tuning = _descent(request.collaborative.fine_tuning, filled["dense"].model_copy(update=tenth))
     filled["collaborative"] = request.collaborative.model_copy(update={"fine_tuning": fine_tuning})
+    if request.interspace.lottery_rewinds is None:
+        untrained = not (request.interspace.from_dense or request.start)
+        filled["interspace"] = request.interspace.model_copy(update={"lottery_rewinds": untrained})
     filled["image_size"] = request.image_size or native_image_size
     filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
     return request.model_copy(update=filled)

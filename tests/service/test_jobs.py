@@ -136,6 +136,14 @@ def test_trainings_of_pruning_methods_are_filled_in(client: TestClient) -> None:
     assert spec["collaborative"]["fine_tuning"]["learning_rate"] == spec["dense"]["learning_rate"] / 10
 
 
+def test_lotteries_rewind_unless_they_begin_with_trained_weights(client: TestClient) -> None:
+    for asked, rewinds in (
+        ({}, True), ({"from_dense": True}, False), ({"from_dense": True, "lottery_rewinds": True}, True),
+    ):  # fmt: skip
+        spec = submit(client, method="interspace", interspace={"pruning": "magnitude", **asked}).json()["spec"]
+        assert spec["interspace"]["lottery_rewinds"] is rewinds
+
+
 def test_a_space_without_batch_norm_has_no_pruning_net(client: TestClient) -> None:
     refused = submit(client, space="lenet_5")
     assert refused.status_code == 422

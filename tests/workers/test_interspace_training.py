@@ -203,15 +203,21 @@ def test_a_trained_network_is_pruned_at_once(data: Data) -> None:
     start = ScratchTrainer(SPACE, CHANNELS, data, TRAINING, 3, CPU)
     start.advance(lambda: False)
     state = start.network.state_dict()
-    made = trainer(data, "magnitude", start=state, lottery_rewinds=False)
+    made = trainer(data, "magnitude", start=state)
     assert len(made._levels) == 2
     made.advance(after(1))
     assert (made.done, made.round) == (0, 1)
     filters = made.network.weight(0).flatten(2)
     left = made.masks["0"].flatten(2).all(2)
     assert torch.allclose(filters[left], state["convs.0.weight"].flatten(2)[left], atol=1e-5)
+    made.advance(after(10))  # the end of the first level's training, where the second begins
+    assert (made.done, made.round) == (10, 2)
+    assert not torch.equal(made.network.norms["0"].bias, state["norms.0.bias"]), "from what was trained last"
     made.advance(lambda: False)
     assert [one.round for one in made.judged] == [1, 2]
+    rewound = trainer(data, "magnitude", start=state, lottery_rewinds=True)
+    rewound.advance(after(11))
+    assert torch.equal(rewound.network.norms["0"].bias, state["norms.0.bias"])
 
 
 def test_snip_trains_from_other_weights_than_it_scored(data: Data) -> None:

@@ -197,7 +197,7 @@ class InterspaceTrainer(Trainer):
     def _begin_level(self, level: int) -> None:
         """Prune what training has made small, and train again from where the settings say."""
         masks = self.allowance.relaxed(self._levels[level]).best(self._scores(), self.masks)
-        if self.options.lottery_rewinds:
+        if self.options.rewinds(self._trained):
             self.network.load_state_dict(self._first)
         for moment in self._sgd.moments:
             moment.zero_()

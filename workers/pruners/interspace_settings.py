@@ -38,9 +38,9 @@ class InterspaceSettings:
     """Rounds of SynFlow, which keep (1 - p)^(t / T) after round t [CODE]."""
     lottery_share: float = 0.2
     """Share of the remaining entries that a level of magnitude pruning removes [CODE open_lth]."""
-    lottery_rewinds: bool = True
+    lottery_rewinds: bool | None = None
     """Whether a level begins from the first values of coefficients, bases and norms (lottery ticket [CODE open_lth]);
-    otherwise it goes on from the trained ones (classical pruning)."""
+    otherwise it goes on from the trained ones (classical pruning). None: unless the first values are trained ones."""
     lottery_keeps_classifier: bool = True
     """Whether the output layer is the last to be pruned by magnitude [CODE open_lth leaves it out]."""
     lottery_basis_norms: bool = False
@@ -91,6 +91,10 @@ class InterspaceSettings:
             found.append(kept)
             kept *= 1.0 - self.lottery_share
         return (*found, 0.0)
+
+    def rewinds(self, trained: bool) -> bool:
+        """Whether levels begin from the first values, where these are trained or not."""
+        return not trained if self.lottery_rewinds is None else self.lottery_rewinds
 
     def rounds_at_start(self, trained: bool) -> int:
         """Rounds in which the network is pruned before its first training."""
