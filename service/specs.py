@@ -234,7 +234,11 @@ MEMBERS = 3
 """So many structures of a front are trained from scratch where the request names no number."""
 CLASSIFIER_IMAGES = {"smoke": 0, "quick": 0, "standard": 5000, "paper": 0}
 LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
-"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
+"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others.
+
+Not as published are the augmentation (shifts and mirrors, not resized crops and changes of light) and the attempts: up
+to 100 litters of mutants and of children instead of 10, unless 20 in a row bear nothing, and bounded random draws.
+"""
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "mobilenet_v2": {"training": {"weight_decay": 0.0}},
     "resnet50": {
