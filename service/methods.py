@@ -100,7 +100,9 @@ class InterspaceSpec(Model):
     grasp_xavier: bool = True
     synflow_rounds: Rounds = 100
     lottery_share: Share = 0.2
-    lottery_rewinds: bool = True
+    lottery_rewinds: bool | None = None
+    """Whether levels of magnitude pruning begin from the first weights; None: unless these are trained already, by
+    `from_dense` or `start`."""
     lottery_keeps_classifier: bool = True
     lottery_basis_norms: bool = False
     set_share: Share = 0.3
@@ -112,3 +114,8 @@ class InterspaceSpec(Model):
     rigl_densities: Literal["er", "erk", "uniform"] = "erk"
     from_dense: bool = False
     """Prune a trained dense network instead of random weights."""
+
+    @property
+    def keeps_classifier(self) -> bool:
+        """Whether all other layers are pruned before the classifier is."""
+        return self.pruning == "magnitude" and self.lottery_keeps_classifier

@@ -226,7 +226,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
     },
 }  # fmt: skip
-"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others."""
+"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others.
+
+Not as published are the augmentation (shifts and mirrors, not resized crops and changes of light) and the attempts: up
+to 100 litters of mutants and of children instead of 10, unless 20 in a row bear nothing, and bounded random draws.
+"""
 FINALISTS = {"smoke": 1, "quick": 1, "standard": 8, "paper": 1}
 """Of a search for one structure; 1 is to take the PruningNet's word."""
 TRIAL_SHARE = 3 / 8
@@ -289,6 +293,9 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
     tenth = {"learning_rate": filled["dense"].learning_rate / 10, "warm_up": 0.0}
     fine_tuning = _descent(request.collaborative.fine_tuning, filled["dense"].model_copy(update=tenth))
     filled["collaborative"] = request.collaborative.model_copy(update={"fine_tuning": fine_tuning})
+    if request.interspace.lottery_rewinds is None:
+        untrained = not (request.interspace.from_dense or request.start)
+        filled["interspace"] = request.interspace.model_copy(update={"lottery_rewinds": untrained})
     filled["image_size"] = request.image_size or native_image_size
     filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
     return request.model_copy(update=filled)

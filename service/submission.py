@@ -4,6 +4,7 @@ Everything is checked before a row is written, so a refused request leaves nothi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
@@ -17,6 +18,7 @@ from latency_profiler.errors import (
     NotCalibrated,
     NotFound,
 )
+from latency_profiler.layers import Layer
 from latency_profiler.lookup_table import LatencyModel, LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import WEIGHTED, Space
@@ -51,8 +53,9 @@ def prepare(session: Session, request: JobRequest) -> Submission:
     assert spec.image_size is not None
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")
     check_layers(spec, space)
+    channels = space.channels(space.largest)
     if spec.start is not None:
-        check_start(session, spec.start, space, dataset.id)
+        channels = check_start(session, spec.start, space, dataset.id)
     if "metapruning" in spec.methods:
         check_steady(spec.training)
         if not space.normed:
@@ -62,7 +65,8 @@ def prepare(session: Session, request: JobRequest) -> Submission:
         if not UNSTRUCTURED.issuperset(spec.methods):
             check_feasible(space, constraint, _table(session, space, constraint))
         if UNSTRUCTURED.intersection(spec.methods):
-            check_masks(space, constraint)
+            keeps = "interspace" in spec.methods and spec.interspace.keeps_classifier
+            check_masks(space.layers(channels), constraint, keeps_classifier=keeps)
     return Submission(spec, space, dataset.id)
 
 
@@ -96,8 +100,8 @@ def check_layers(spec: JobRequest, space: Space) -> None:
         raise InvalidInput(f"magnitude.qualities: {space.name} has no layer {unknown[0]!r}; it has {', '.join(known)}")
 
 
-def check_start(session: Session, job_id: str, space: Space, dataset_id: str) -> None:
-    """See that a job has left a trained winner that pruning can begin with.
+def check_start(session: Session, job_id: str, space: Space, dataset_id: str) -> tuple[int, ...]:
+    """Channels of the trained winner of a job, which pruning can begin with.
 
     Raises:
         InvalidInput: there is no such job, or its winner is none.
@@ -108,22 +112,34 @@ def check_start(session: Session, job_id: str, space: Space, dataset_id: str) ->
         raise InvalidInput(str(error)) from error
     if (job.space_key, job.dataset_id) != (space.key, dataset_id):
         raise InvalidInput(f"start: job {job_id} is on another space or dataset: {job.space_key}")
-    if results.winner(session, job_id) is None:
+    winner = results.winner(session, job_id)
+    if winner is None:
         raise InvalidInput(f"start: job {job_id} has no trained winner without masks; it is {job.state.value}")
+    return tuple(structures.get(session, winner.structure_id).channels)
 
 
-def check_masks(space: Space, constraint: Constraint) -> None:
+def check_masks(layers: Sequence[Layer], constraint: Constraint, *, keeps_classifier: bool) -> None:
     """Compare a bound on what masks keep with one weight in every layer.
 
+    Args:
+        keeps_classifier: the classifier is pruned after all other layers, so its weights all have to fit.
+
     Raises:
-        InfeasibleConstraint: not even those fit.
+        InfeasibleConstraint: not even one weight in every layer fits.
+        InvalidInput: they do, but not beside a whole classifier.
     """
-    layers = [layer for layer in space.layers(space.channels(space.largest)) if layer_flops(layer)]
+    layers = [layer for layer in layers if layer_flops(layer)]
     prices = [layer.out_size**2 if constraint.metric is Metric.FLOPS else 1 for layer in layers]
     weights = [layer_flops(layer) // layer.out_size**2 for layer in layers]
     if constraint.maximum < sum(prices):
         dense = sum(count * price for count, price in zip(weights, prices, strict=True))
         raise InfeasibleConstraint(constraint.metric.value, constraint.maximum, sum(prices), dense)
+    least = sum(prices[:-1]) + weights[-1] * prices[-1]
+    if keeps_classifier and constraint.maximum < least:
+        raise InvalidInput(
+            f"interspace.lottery_keeps_classifier: the classifier and one weight in every other layer count {least} "
+            f"{constraint.metric.value}, {constraint.maximum:.0f} are allowed; let it be pruned, or raise the bound"
+        )
 
 
 def named_devices(request: JobRequest) -> list[str]:

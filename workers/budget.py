@@ -20,6 +20,8 @@ from workers.sampling import Genes, fill, least_choices, numpy_generator, repair
 Floats = npt.NDArray[np.float64]
 UNIFORM = 4096
 """Encodings of uniform genes among which feasible ones are looked for."""
+PUBLISHED_CHOICES = {"resnet50": (12, 24)}
+"""Where uniform genes are not from all choices: from the first up to, and without, the second (the authors' code)."""
 ROUNDS, DRAWN = 30, 64
 """How often, and how many, structures are drawn until a budget counts as empty."""
 CROWD = 3
@@ -104,11 +106,16 @@ class Budget:
         return allowed
 
     def sample(self, count: int, rng: np.random.Generator) -> Genes:
-        """Up to `count` random feasible encodings, bounded in effort; of equal widths always the same encoding."""
+        """Up to `count` random feasible encodings, bounded in effort.
+
+        Of equal widths they are always the same encoding, unless genes are drawn uniformly: those stay as drawn, since
+        a PruningNet generates other weights for another gene.
+        """
         if self._uniform:
-            drawn = rng.integers(0, CHOICES, (UNIFORM, len(self.space.genes)), dtype=np.int64)
+            among = PUBLISHED_CHOICES.get(self.space.name, (0, CHOICES))
+            drawn = rng.integers(*among, (UNIFORM, len(self.space.genes)), dtype=np.int64)
             if len(kept := drawn[self.feasible(drawn)]) >= count:
-                return self._canonical(kept[:count])
+                return kept[:count]
         drawn = sample(
             self.tightness, *self._band, self.space.depths, count, rng,
             mend=lambda genes: self._filled(genes, rng), least=self._floor, narrowest=self._narrowest,
@@ -186,9 +193,8 @@ class Budget:
         if self.timed:  # a wider one may be faster
             wanted = reversed(self._shares_of(TIMED_SHARES))
             return next((one for one in wanted if self._within(one, of)), self.space.uniform(SMALLEST_SHARE))
-        networks = self._shares_of(
-            {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
-        )
+        shares = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
+        networks = self._shares_of(shares | {SMALLEST_SHARE})
         at = bisect_left(networks, True, key=lambda one: not self._within(one, of))
         return networks[max(0, at - 1)]
 

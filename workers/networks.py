@@ -19,6 +19,8 @@ LARGE_MAP = 16
 """Side in pixels from which a 1x1 convolution is faster as a convolution than as a matrix product."""
 SMALL_MAP = 32
 """Side in pixels up to which the patches of a map fit in a GPU's memory with ease."""
+UNDECAYED = {"mobilenet_v2": "project", "resnet50": "shortcut"}
+"""What the dense convolutions without weight decay are called (MetaPruning, by names in the authors' evaluate.py)."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -216,13 +218,15 @@ class PlainNetwork(nn.Module):
     def decayed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters with and without weight decay: dense convolutions and linear layers have it.
 
-        Depthwise convolutions and batch norms have none (MetaPruning, the authors' MobileNetV1).
+        Depthwise convolutions and batch norms have none (MetaPruning, the authors' MobileNetV1), nor have `UNDECAYED`.
         """
+        without = UNDECAYED.get(self.space.name)
         dense = [
             parameter
             for i, node in enumerate(self.nodes)
             for name in ("convs", "linears")
-            if node.layer.op is not Op.DEPTHWISE and str(i) in getattr(self, name)
+            if node.layer.op is not Op.DEPTHWISE and node.name.rpartition(".")[2] != without
+            if str(i) in getattr(self, name)
             for parameter in getattr(self, name)[str(i)].parameters()
         ]
         known = set(map(id, dense))

@@ -17,7 +17,7 @@ never stored; and it is P @ (slow^t * hidden) + Q @ (fast^t * hidden) + bias, so
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +44,20 @@ class Rule:
 
 
 class Momentum:
-    """Plain SGD over whole parameters, of which the first ones have weight decay and the others none."""
+    """Plain SGD over whole parameters, of which the first ones have weight decay and the others none.
 
-    def __init__(self, decayed: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+    Args:
+        rates: learning rates of some of them, over a rule's.
+    """
+
+    def __init__(
+        self, decayed: list[nn.Parameter], others: list[nn.Parameter], rates: Mapping[nn.Parameter, float] | None = None
+    ) -> None:
         self.parameters: list[Tensor] = [*decayed, *others]
         self.moments = [torch.zeros_like(parameter) for parameter in self.parameters]
         self._decayed = len(decayed)
+        own = [(rates or {}).get(parameter, 1.0) for parameter in (*decayed, *others)]
+        self._groups = {rate: [i for i, one in enumerate(own) if one == rate] for rate in own}
 
     @torch.no_grad()
     def step(self, rule: Rule) -> None:
@@ -59,7 +67,9 @@ class Momentum:
             torch._foreach_add_(gradients[: self._decayed], self.parameters[: self._decayed], alpha=rule.decay)
         torch._foreach_mul_(self.moments, rule.momentum)
         torch._foreach_add_(self.moments, gradients)
-        torch._foreach_add_(self.parameters, self.moments, alpha=-rule.rate)
+        for rate, group in self._groups.items():
+            moved, by = [self.parameters[i] for i in group], [self.moments[i] for i in group]
+            torch._foreach_add_(moved, by, alpha=-rate * rule.rate)
         for parameter in self.parameters:
             parameter.grad = None
 

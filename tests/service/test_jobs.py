@@ -101,6 +101,8 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
         ({"method": "collaborative", "collaborative": {"ranking": "l1", "allocation": "global"}}, "layerwise"),
         ({"method": "magnitude", "magnitude": {"scan": True, "qualities": {"block1": 1.0}}}, "not both"),
         ({"method": "interspace", "constraints": [{"metric": "parameters", "max": 3}]}, "parameters"),
+        ({"method": "interspace", "constraints": [{"metric": "parameters", "max": 2560}],
+          "interspace": {"pruning": "magnitude"}}, "lottery_keeps_classifier"),
         ({"method": "collaborative", "start": "nowhere"}, "nowhere"),
         ({"method": "magnitude", "start": "0" * 32, "magnitude": {"tolerance": 0.1}}, "leave it out"),
         ({"method": "magnitude", "start": "0" * 32, "magnitude": {"scan": True}}, "leave it out"),
@@ -109,7 +111,7 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
         ({"method": "magnitude", "magnitude": {"qualities": {"nowhere": 1.0}}}, "nowhere"),
         ({"method": "luck"}, "metapruning"),
     ],
-)
+)  # fmt: skip
 def test_what_a_method_cannot_do_is_refused(client: TestClient, changes: dict[str, Any], said: str) -> None:
     refused = submit(client, **changes)
     assert refused.status_code == 422
@@ -117,11 +119,29 @@ def test_what_a_method_cannot_do_is_refused(client: TestClient, changes: dict[st
     assert count_jobs() == 0
 
 
+def test_a_classifier_that_is_kept_leaves_other_layers_a_weight_each(client: TestClient) -> None:
+    least = 256 * 10 + 27  # of mobilenet_v1 at a quarter
+    for most, changes, status in (
+        (least - 1, {}, 422), (least, {}, 202), (least - 1, {"lottery_keeps_classifier": False}, 202),
+    ):  # fmt: skip
+        bound = {"metric": "parameters", "max": most}
+        asked = {"pruning": "magnitude", **changes}
+        assert submit(client, method="interspace", constraints=[bound], interspace=asked).status_code == status
+
+
 def test_trainings_of_pruning_methods_are_filled_in(client: TestClient) -> None:
     spec = submit(client, method="collaborative", dense={"epochs": 7}).json()["spec"]
     assert spec["dense"] == {name: spec["retraining"][name] for name in spec["dense"]} | {"epochs": 7}
     assert spec["collaborative"]["fine_tuning"]["epochs"] == 7
     assert spec["collaborative"]["fine_tuning"]["learning_rate"] == spec["dense"]["learning_rate"] / 10
+
+
+def test_lotteries_rewind_unless_they_begin_with_trained_weights(client: TestClient) -> None:
+    for asked, rewinds in (
+        ({}, True), ({"from_dense": True}, False), ({"from_dense": True, "lottery_rewinds": True}, True),
+    ):  # fmt: skip
+        spec = submit(client, method="interspace", interspace={"pruning": "magnitude", **asked}).json()["spec"]
+        assert spec["interspace"]["lottery_rewinds"] is rewinds
 
 
 def test_a_space_without_batch_norm_has_no_pruning_net(client: TestClient) -> None:

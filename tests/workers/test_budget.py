@@ -69,11 +69,19 @@ def test_layers_are_widened_where_hardly_anything_that_is_drawn_has_enough_chann
 def test_published_candidates_have_uniform_genes_where_such_are_feasible() -> None:
     budget = Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 3)], {}, {}, fills=False)
     found = budget.sample(200, numpy_generator(5, "uniform"))
-    assert len(found) == 200
-    assert budget.feasible(found).all()
+    assert int(budget.feasible(found).sum()) == 200
     assert np.median(budget.tightness(found)) > 0.8, "most of what is feasible is hardly so"
+    assert len(set(found[:, 0].tolist())) > len(set(SPACE.choices[0])), "also those that give equal widths"
     tight = Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 30)], {}, {}, fills=False)
     assert len(tight.sample(20, numpy_generator(5, "uniform"))) == 20, "as others are drawn"
+
+
+def test_published_genes_of_resnet50_are_drawn_from_the_middle() -> None:
+    space = get_space("resnet50", 32, 0.25, 10, free_last=False)
+    full = flops(space.layers(space.channels(space.largest)))
+    budget = Budget(space, [Constraint(Metric.FLOPS, 0.5 * full, 0.47 * full)], {}, {}, fills=False)
+    found = budget.sample(50, numpy_generator(5, "uniform"))
+    assert (len(found), found.min(), found.max()) == (50, 12, 23)
 
 
 def test_a_budget_below_the_least_widths_is_sampled_all_the_same() -> None:
@@ -156,6 +164,12 @@ def test_the_uniform_network_is_the_largest_within_the_budget(share: float) -> N
     following = next((c for r in range(1, 600) if (c := SPACE.uniform(ratio + r / 512)) != uniform), None)
     if following is not None and ratio < 1:
         assert flops(SPACE.layers(following)) > share * FULL
+
+
+def test_the_uniform_network_may_be_the_smallest_structure() -> None:
+    space = get_space("resnet20", 32, 0.5, 10, free_last=True)
+    smallest = space.channels(space.smallest)  # no width is a tenth of its base, rounded down as they are
+    assert Budget(space, [Constraint(Metric.FLOPS, flops(space.layers(smallest)))], {}, {}).uniform() == smallest
 
 
 def test_a_loose_budget_leaves_only_near_full_structures_and_still_samples() -> None:

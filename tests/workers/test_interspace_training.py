@@ -67,15 +67,16 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_pruning_is_bit_equal_to_uninterrupted(method: Method, data: Data, tmp_path) -> None:
-    whole = finished(data, method)
+    bases = replace(FINE, rate=3.0, decayed=True)
+    whole = finished(data, method, bases)
     assert whole.steps == 5
-    parts = trainer(data, method)
+    parts = trainer(data, method, bases)
     for steps in (1, 2, 2, 1, 4, 100):  # within rounds at the beginning, at exchanges, at epochs' ends, to the end
         parts.advance(after(steps))
         sha256 = checkpoints.save(tmp_path, parts.state())
         tensors = checkpoints.load(place(tmp_path, sha256), sha256)
         counters = json.loads(json.dumps(parts.counters(), allow_nan=False))
-        parts = trainer(data, method)
+        parts = trainer(data, method, bases)
         parts.restore(tensors, counters)
     assert parts.done == parts.total
     assert parts.counters() == whole.counters()
@@ -157,6 +158,15 @@ def test_masks_are_judged_when_their_training_ends(method: Method, rounds: list[
         assert made.judged[0].sparse_flops == flops(SPACE.layers(CHANNELS))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_without_weights_are_named(method: Method, data: Data) -> None:
+    few = Allowance.within(NODES, Constraint(Metric.PARAMETERS, 10))
+    made = finished(data, method, allowance=few, lottery_share=0.99)
+    empty = [NODES[int(name)].name for name, mask in made.masks.items() if not mask.any()]
+    assert empty
+    assert made.judged[-1].note == "; ".join([f"{method}, fine", *(f"{name} has no weights left" for name in empty)])
+
+
 def test_the_outcome_is_an_ordinary_network_that_can_be_taken_back(data: Data) -> None:
     made = finished(data, "snip")
     outcome = made.outcome()
@@ -193,15 +203,21 @@ def test_a_trained_network_is_pruned_at_once(data: Data) -> None:
     start = ScratchTrainer(SPACE, CHANNELS, data, TRAINING, 3, CPU)
     start.advance(lambda: False)
     state = start.network.state_dict()
-    made = trainer(data, "magnitude", start=state, lottery_rewinds=False)
+    made = trainer(data, "magnitude", start=state)
     assert len(made._levels) == 2
     made.advance(after(1))
     assert (made.done, made.round) == (0, 1)
     filters = made.network.weight(0).flatten(2)
     left = made.masks["0"].flatten(2).all(2)
     assert torch.allclose(filters[left], state["convs.0.weight"].flatten(2)[left], atol=1e-5)
+    made.advance(after(10))  # the end of the first level's training, where the second begins
+    assert (made.done, made.round) == (10, 2)
+    assert not torch.equal(made.network.norms["0"].bias, state["norms.0.bias"]), "from what was trained last"
     made.advance(lambda: False)
     assert [one.round for one in made.judged] == [1, 2]
+    rewound = trainer(data, "magnitude", start=state, lottery_rewinds=True)
+    rewound.advance(after(11))
+    assert torch.equal(rewound.network.norms["0"].bias, state["norms.0.bias"])
 
 
 def test_snip_trains_from_other_weights_than_it_scored(data: Data) -> None:
@@ -262,17 +278,20 @@ def test_a_bound_on_sparse_flops_is_obeyed(method: Method, data: Data) -> None:
     assert 0.9 * bound < made.judged[-1].sparse_flops <= bound
 
 
-def test_bases_may_move_at_a_rate_of_their_own(data: Data) -> None:
+@pytest.mark.parametrize(("decayed", "clip_norm"), [(False, None), (True, None), (False, 0.1)])
+def test_bases_may_move_at_a_rate_of_their_own(decayed: bool, clip_norm: float | None, data: Data) -> None:
+    """The rate is of the whole step: of decay too, and of a gradient that is clipped as at any other rate."""
+
     def moved(rate: float) -> tuple[Tensor, Tensor]:
-        options = InterspaceSettings("random", Bases("coarse", rate=rate))
-        unclipped = replace(TRAINING, clip_norm=None)
-        made = InterspaceTrainer(SPACE, CHANNELS, data, unclipped, options, Allowance.at_rate(NODES, RATE), 7, CPU)
+        options = InterspaceSettings("random", Bases("coarse", rate=rate, decayed=decayed))
+        training = replace(TRAINING, clip_norm=clip_norm)
+        made = InterspaceTrainer(SPACE, CHANNELS, data, training, options, Allowance.at_rate(NODES, RATE), 7, CPU)
         made.advance(after(2))
         return made.network.bases["all_3x3"].detach() - torch.eye(9), made.network.prunable()["0"].detach()
 
     (whole, ours), (part, theirs) = moved(1.0), moved(0.25)
     assert whole.abs().max() > 1e-4
-    assert torch.allclose(part, 0.25 * whole, rtol=1e-3, atol=1e-7)
+    assert torch.allclose(part, 0.25 * whole, rtol=1e-3, atol=2e-7)
     assert torch.equal(ours, theirs)
 
 
@@ -294,5 +313,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     assert InterspaceSettings("magnitude").levels(0.5, trained=False) == pytest.approx((1.0, 0.8, 0.64, 0.512, 0.0))
     assert InterspaceSettings("magnitude").levels(0.9, trained=True) == (0.0,)
     annealed = InterspaceSettings("rigl", rigl_annealed=True, rigl_until=100)
-    assert [annealed.rigl_share_at(i) for i in (0, 50, 100)] == pytest.approx([0.3, 0.15, 0.0])
-    assert InterspaceSettings("rigl").rigl_share_at(99) == 0.3
+    for total, last in ((10_000, 100), (180, 80)):  # at the latest an interval before the end
+        shares = [annealed.rigl_share_at(i, total) for i in (0, last // 2, last)]
+        assert shares == pytest.approx([0.3, 0.15, 0.0])
+    assert InterspaceSettings("rigl").rigl_share_at(99, 180) == 0.3

@@ -133,6 +133,16 @@ def test_equal_weights_stay_or_go_together() -> None:
     assert m.pruned(weights, whole(weights), thresholds)["0"].tolist() == [False, False, False, False, True]
 
 
+@pytest.mark.parametrize(("maximum", "kept"), [(2, 2), (1, 0)])
+def test_layers_without_deviation_stay_last_and_keep_the_budget(maximum: int, kept: int) -> None:
+    weights = {"0": torch.tensor([0.5]), "1": torch.tensor([-0.2]), "2": torch.tensor([0.1, -0.3, 0.2])}
+    thresholds = m.fitting(
+        weights, whole(weights), m.deviations(weights), lambda masks: m.kept(masks) <= maximum
+    )  # fmt: skip
+    masks = m.pruned(weights, whole(weights), thresholds)
+    assert m.kept(masks) == int(masks["0"]) + int(masks["1"]) == kept
+
+
 def test_steps_and_one_shot_keep_as_many_and_the_same_unless_weights_move_between() -> None:
     weights = layers(3, (30, 40), (8, 5, 3, 3))
     densities = {"0": 0.1, "1": 0.3}

@@ -154,3 +154,18 @@ def test_relu6_is_hardtanh_but_keeps_no_copy_of_its_input() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         activate(x, Activation.RELU6)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize(("name", "without"), [
+    ("mobilenet_v1", {"depthwise"}), ("mobilenet_v2", {"depthwise", "project"}), ("resnet50", {"shortcut"}),
+    ("resnet20", set()),
+])  # fmt: skip
+def test_layers_are_decayed_as_in_the_authors_code(name: str, without: set[str]) -> None:
+    space = get_space(name, 32, 0.25, 10, False)
+    network = PlainNetwork(space, space.channels(space.largest))
+    others = set(map(id, network.decayed()[1]))
+    undecayed = {
+        network.nodes[int(i)].name.rpartition(".")[2] for i in network.convs if id(network.weight(int(i))) in others
+    }
+    assert undecayed == without
+    assert not any(id(linear.weight) in others for linear in network.linears.values())

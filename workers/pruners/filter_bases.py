@@ -40,7 +40,7 @@ class Bases:
     trained: bool = True
     """Whether bases are trained, as in the paper; otherwise they stay as they began."""
     rate: float = 1.0
-    """Learning rate of the bases over that of all else. No source: chosen here."""
+    """Learning rate of the bases over that of all else, behind clipping. No source: chosen here."""
     decayed: bool = False
     """Whether bases have weight decay. No source: F D and D^-1 lambda are the same filters, so one side has it."""
 

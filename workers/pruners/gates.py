@@ -1,12 +1,13 @@
 """Gates: one factor per channel of a slot, 1 while the channel is kept and 0 when it is gone.
 
-An *activation* gate stands where dense layers read a slot's maps, behind batch norm, addition and activation. A
-channel is removed exactly when its gate is 0: whatever else happens to it (a depthwise layer, a pooling, a shortcut
-into the same slot) stays within the channel. A *weight* gate multiplies the channel's rows of weights, before batch
-norm, as the publication of collaborative pruning does: at 0 the channel still passes on the constant that batch norm
-makes of zero, which removal takes away. A *centred* gate is an activation gate that leaves the channel's mean over the
-batch: it says what removal does once the batch norms behind it are measured anew, as any training does, since they take
-the mean off again (up to the map's border; no source: derived here).
+An *activation* gate stands where dense layers read a slot's maps, behind batch norm, addition and activation. A channel
+is removed exactly when its gate is 0: whatever else happens to it (a depthwise layer, a pooling, a shortcut into the
+same slot) stays within the channel. A *weight* gate multiplies the channel's rows of weights in dense layers, before
+batch norm, as the publication of collaborative pruning does: at 0 the channel still passes on the constant that batch
+norm makes of zero, which removal takes away. A depthwise layer behind them follows, so its weights have none. A
+*centred* gate is an activation gate that leaves the channel's mean over the batch: it says what removal does once the
+batch norms behind it are measured anew, as any training does, since they take the mean off again (up to the map's
+border; no source: derived here).
 
 All layers of a slot share its gate. Letters: b images, c channels of a slot.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latency_profiler.layers import Op
-from latency_profiler.spaces.space import WEIGHTED, Slot
+from latency_profiler.spaces.space import Slot
 from workers.networks import PlainNetwork
 
 Gate = Literal["activation", "weight", "centred"]
@@ -53,7 +54,7 @@ def _weights(network: PlainNetwork, gates: Mapping[int, Tensor]) -> Callable[[in
     def compute(i: int, x: Tensor) -> Tensor:
         unit, y = network.space.units[i], network.compute(i, x)
         gate = of(unit.target, gates)
-        if unit.op not in WEIGHTED or gate is None:
+        if unit.op not in DENSE or gate is None:
             return y
         silent = network.compute(i, torch.zeros_like(x[:1]))  # what a weight of zero gives: shift of the norm, or bias
         return silent + (y - silent) * _like(gate, y)

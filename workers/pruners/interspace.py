@@ -21,7 +21,7 @@ from workers.pruners.allowance import Allowance
 from workers.pruners.filter_bases import InterspaceNetwork
 from workers.pruners.interspace_settings import DYNAMIC, InterspaceSettings
 from workers.pruners.judgement import Judgement
-from workers.pruners.masks import Masks, kept, sparse_flops
+from workers.pruners.masks import Masks, emptied, kept, sparse_flops
 from workers.sgd import Momentum, Rule
 from workers.training import Trainer, TrainingSettings
 
@@ -63,7 +63,8 @@ class InterspaceTrainer(Trainer):
             self.network.adopt(start)
         self.network.to(device)
         self._theta = self.network.prunable()
-        self._sgd = Momentum(*self.network.decayed())
+        rates = dict.fromkeys(self.network.bases.values(), options.bases.rate)
+        self._sgd = Momentum(*self.network.decayed(), rates)
         self.masks: Masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._theta.items()}
         self.round = 0
         """Masks behind; 0 is the dense network."""
@@ -133,9 +134,6 @@ class InterspaceTrainer(Trainer):
         for name, parameter in self._theta.items():
             assert parameter.grad is not None
             parameter.grad.masked_fill_(~self.masks[name], 0.0)
-        for basis in self.network.bases.values():
-            if basis.grad is not None:
-                basis.grad.mul_(self.options.bases.rate)
         self._clip(self._sgd.parameters)
         self._sgd.step(Rule(rate, self.settings.momentum, self.settings.weight_decay))
 
@@ -199,20 +197,20 @@ class InterspaceTrainer(Trainer):
     def _begin_level(self, level: int) -> None:
         """Prune what training has made small, and train again from where the settings say."""
         masks = self.allowance.relaxed(self._levels[level]).best(self._scores(), self.masks)
-        if self.options.lottery_rewinds:
+        if self.options.rewinds(self._trained):
             self.network.load_state_dict(self._first)
         for moment in self._sgd.moments:
             moment.zero_()
         self._apply(masks)
 
     def _exchanges_by_gradient(self) -> bool:
-        every, last = self.options.rigl_every, min(self.options.rigl_until, self.total - self.options.rigl_every)
-        return self.options.method == "rigl" and 0 < self.done <= last and self.done % every == 0
+        options, done = self.options, self.done
+        return options.method == "rigl" and 0 < done <= options.rigl_last(self.total) and done % options.rigl_every == 0
 
     def _exchange_by_gradient(self) -> None:
         """In the place of the optimiser's step: the gradient of inactive entries is that of F^T dL/dh, unmasked."""
         growth = {name: entry.grad.abs() for name, entry in self._theta.items() if entry.grad is not None}
-        self._exchange(growth, self.options.rigl_share_at(self.done))
+        self._exchange(growth, self.options.rigl_share_at(self.done, self.total))
         for parameter in self._sgd.parameters:
             parameter.grad = None
 
@@ -235,11 +233,12 @@ class InterspaceTrainer(Trainer):
     def _judge(self) -> None:
         score = evaluate(self.network, self._data.sub_validation, self.device)
         self.network.train()
-        options, allowance = self.options, self.allowance
+        options, nodes = self.options, self.network.nodes
+        notes = [f"{options.method}, {options.bases.sharing}"]
+        notes += [f"{layer} has no weights left" for layer in emptied(nodes, self.masks)]
         self.judged.append(
             Judgement(
-                self.round, self.network.channels, kept(self.masks),
-                sum(allowance.sizes.values()), sparse_flops(self.network.nodes, self.masks), score.accuracy,
-                score.loss, f"{options.method}, {options.bases.sharing}",
+                self.round, self.network.channels, kept(self.masks), sum(self.allowance.sizes.values()),
+                sparse_flops(nodes, self.masks), score.accuracy, score.loss, "; ".join(notes),
             )
         )  # fmt: skip

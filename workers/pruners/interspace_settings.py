@@ -38,9 +38,9 @@ class InterspaceSettings:
     """Rounds of SynFlow, which keep (1 - p)^(t / T) after round t [CODE]."""
     lottery_share: float = 0.2
     """Share of the remaining entries that a level of magnitude pruning removes [CODE open_lth]."""
-    lottery_rewinds: bool = True
+    lottery_rewinds: bool | None = None
     """Whether a level begins from the first values of coefficients, bases and norms (lottery ticket [CODE open_lth]);
-    otherwise it goes on from the trained ones (classical pruning)."""
+    otherwise it goes on from the trained ones (classical pruning). None: unless the first values are trained ones."""
     lottery_keeps_classifier: bool = True
     """Whether the output layer is the last to be pruned by magnitude [CODE open_lth leaves it out]."""
     lottery_basis_norms: bool = False
@@ -52,7 +52,7 @@ class InterspaceSettings:
     rigl_share: float = 0.3
     """Share of a layer's entries that RigL exchanges [CODE]."""
     rigl_annealed: bool = False
-    """Whether that share falls along a cosine to zero at `rigl_until` [CODE: an option]."""
+    """Whether that share falls along a cosine to zero at the last exchange [CODE: an option]."""
     rigl_every: int = 100
     """Iterations between RigL's exchanges [CODE]."""
     rigl_until: int = 25_000
@@ -92,12 +92,20 @@ class InterspaceSettings:
             kept *= 1.0 - self.lottery_share
         return (*found, 0.0)
 
+    def rewinds(self, trained: bool) -> bool:
+        """Whether levels begin from the first values, where these are trained or not."""
+        return not trained if self.lottery_rewinds is None else self.lottery_rewinds
+
     def rounds_at_start(self, trained: bool) -> int:
         """Rounds in which the network is pruned before its first training."""
         if self.method == "synflow":
             return self.synflow_rounds
         return 0 if self.method == "magnitude" and not trained else 1
 
-    def rigl_share_at(self, iteration: int) -> float:
-        """The share of a layer's entries that RigL exchanges at an iteration."""
-        return cosine(self.rigl_share, iteration, self.rigl_until) if self.rigl_annealed else self.rigl_share
+    def rigl_last(self, total: int) -> int:
+        """Iteration of RigL's last exchange in a training of so many."""
+        return min(self.rigl_until, total - self.rigl_every)
+
+    def rigl_share_at(self, iteration: int, total: int) -> float:
+        """The share of a layer's entries that RigL exchanges at an iteration, up to the last one of a training."""
+        return cosine(self.rigl_share, iteration, self.rigl_last(total)) if self.rigl_annealed else self.rigl_share

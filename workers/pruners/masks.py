@@ -67,8 +67,8 @@ def fitting(
 ) -> Thresholds:  # fmt: skip
     """The least thresholds whose masks fit, each the same multiple of its layer's scale.
 
-    Survivors of all layers are ranked by |w| / scale, and the longest beginning that fits is kept. Weights of equal
-    rank stay or go together, so that `pruned` keeps exactly these.
+    Survivors of all layers are ranked by |w| / scale, and the longest beginning that fits is kept, or nothing. Weights
+    of equal rank stay or go together, so that `pruned` keeps exactly these; where scales are 0 all of them rank first.
 
     Args:
         weights: the layers to prune.
@@ -80,7 +80,7 @@ def fitting(
     levels: Tensor = torch.unique(torch.cat([rank[masks[name]] for name, rank in ranks.items()]))
 
     def chosen(place: int) -> Masks:
-        level = levels[place] if place < len(levels) else math.inf
+        level = levels[place] if place < len(levels) else math.nan  # which no rank reaches
         return {name: mask & (ranks[name] >= level) if name in ranks else mask for name, mask in masks.items()}
 
     least = chosen(bisect_left(range(len(levels)), True, key=lambda place: fits(chosen(place))))
