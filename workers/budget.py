@@ -128,8 +128,8 @@ class Budget:
         draws = (self.sample(DRAWN, numpy_generator(seed, "empty", at)) for at in range(ROUNDS))
         if any(map(len, draws)):
             return False
-        everything = self.everything(DRAWN)
-        return everything is None or not len(everything)
+        enumerated = self._enumerated(DRAWN)
+        return enumerated is None or not len(enumerated)
 
     def repair(self, encodings: Genes, rng: np.random.Generator) -> Genes:
         """Encodings (n, g) moved into the budget where they are outside, with as few changes as that takes.
@@ -146,7 +146,12 @@ class Budget:
         return fill(self.tightness, *self._band, encodings, rng, up=up)
 
     def everything(self, most: int) -> Genes | None:
-        """All feasible structures, one encoding each; None where there are more than `most`, found out at bounded cost.
+        """All feasible structures, one encoding each; None where there are more than `most`, found out at bounded cost."""
+        enumerated = self._enumerated(most)
+        return enumerated if enumerated is not None and len(enumerated) <= most else None
+
+    def _enumerated(self, most: int) -> Genes | None:
+        """The same, or more than `most`; None where too many structures would have to be looked at.
 
         Genes are chosen one after the other; what is chosen so far is dropped where it breaks an upper bound even with
         the smallest widths behind it, or a lower one even with the largest. Of milliseconds, which need not grow with
@@ -158,7 +163,7 @@ class Budget:
             heads = np.column_stack([heads.repeat(len(choices), axis=0), np.tile(choices, len(heads))])
             last = gene + 1 == len(self._first)
             heads = heads[self.feasible(heads) if last else self._promising(heads)]
-            if len(heads) > (1 if last else CROWD) * most:
+            if not last and len(heads) > CROWD * most:
                 return None
         return heads
 
