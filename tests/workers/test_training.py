@@ -80,7 +80,6 @@ def test_a_diverged_training_says_so_in_numbers_that_json_knows(data: Data) -> N
 
 def test_gradients_that_are_not_finite_are_dropped(data: Data) -> None:
     trainer = scratch(data)
-    before = {name: value.clone() for name, value in trainer.network.named_parameters()}
     leaf = torch.zeros(3, requires_grad=True)
     leaf.grad = torch.tensor([1.0, float("inf"), 2.0])
     trainer._clip([leaf])
@@ -88,7 +87,6 @@ def test_gradients_that_are_not_finite_are_dropped(data: Data) -> None:
     leaf.grad = torch.tensor([0.0, 30.0, 40.0])
     trainer._clip([leaf])
     assert leaf.grad.tolist() == pytest.approx([0, 6, 8], rel=1e-4)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.network.named_parameters())
 
 
 def test_a_curriculum_widens_structures_from_nearly_uniform_to_all(data: Data) -> None:
