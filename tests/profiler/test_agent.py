@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -19,7 +20,9 @@ from latency_profiler import agent as agents
 from latency_profiler.agent import Agent, Options
 from latency_profiler.device import fingerprint
 from latency_profiler.errors import InvalidInput, ServiceError, ServiceUnreachable
+from latency_profiler.isolation import Turn
 from latency_profiler.layers import Activation, Layer, Op
+from latency_profiler.measuring import failure
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.runtimes.simulated import EMPTY_SECONDS, Simulated
 from latency_profiler.spaces.registry import get_space
@@ -155,6 +158,62 @@ def stopping(service: Service, agent: Agent) -> Agent:
 
     service._lease = lease  # type: ignore[method-assign]
     return agent
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 503])
+def test_a_service_that_is_busy_is_asked_again(start: Start, status: int) -> None:
+    busy = iter([httpx2.Response(status, json={"detail": "later"})] * 2)
+    service = Service([layer_item(1, 16)], lambda path, body: next(busy, None))
+    stopping(service, start(service, once=False)).run()
+    assert set(service.results) == {1}
+
+
+def test_an_agent_measures_in_its_turn_and_gives_it_back(start: Start, tmp_path: Path) -> None:
+    other, free = Turn(tmp_path / "lock"), list[bool]()
+    agent = start(Service([layer_item(1, 16)]))
+    measure = agent._bench.measure
+
+    def watched(items: Sequence[Json], seed: int) -> list[Json]:
+        free.append(other.take())
+        return measure(items, seed)
+
+    agent._bench.measure = watched  # type: ignore[method-assign]
+    try:
+        agent._run()
+    finally:
+        agent._bench.close()
+    assert set(free) == {False}
+    assert other.take()
+    other.close()
+
+
+@pytest.mark.timeout(60)
+def test_an_agent_that_waits_for_its_turn_keeps_its_lease(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, "RENEWALS", 1e9)
+    other = Turn(tmp_path / "lock")
+    assert other.take()
+    service = Service([layer_item(1, 16)], lambda path, body: other.give_back() if "renew" in body else None)
+    start(service).run()
+    assert service.results.keys() == {1}
+
+
+def test_a_lease_holds_what_can_be_measured_in_a_part_of_its_time(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sixty seconds 24, in which two items of ten seconds begin and a third does not fit."""
+    clock = [0.0]
+
+    def slow(_measure: object, items: Sequence[Json], *_: object) -> list[Json]:
+        clock[0] += 10.0 * len(items)
+        return [failure(item, "slow") for item in items]
+
+    monkeypatch.setattr(agents, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(agents, "measure_groups", slow)
+    service = Service([layer_item(at, 8 + at) for at in range(1, 37)])
+    start(service).run()
+    assert [body["limit"] for body in service.leases] == [agents.MOST_ITEMS, 2, 2, 2]
 
 
 def test_what_could_not_be_handed_in_waits_for_the_next_agent(start: Start, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latency_profiler import measuring
+from latency_profiler.cost import layer_parameters
 from latency_profiler.layers import Layer
 from latency_profiler.measuring import APART, GROUP_SIZE, LEAST_SECONDS, failure, measure_groups, measure_work
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.timing import TAIL, Stopwatch
-from tests.profiler.test_agent import Json, layer_item, network_item
+from tests.profiler.test_agent import Json, layer, layer_item, network_item
 
 LARGEST_FACTS = 32 << 10
 """Bytes of conditions that the service takes."""
@@ -75,6 +77,20 @@ def test_measuring_ends_with_the_lease_but_not_empty_handed() -> None:
     items = [layer_item(i, 8 + i) for i in range(1, 30)]
     results = measure_work(Simulated(Settings()), items, np.random.default_rng(0), lambda: False)
     assert len(results) == GROUP_SIZE
+
+
+def test_layers_of_more_weights_than_fit_are_loaded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, loaded = [layer_item(at, 24) for at in range(4)], list[int]()
+
+    def measure(group: Sequence[Json], seed: int) -> list[Json]:
+        loaded.append(len(group))
+        return [failure(item, "lost") for item in group]
+
+    for most, expected in ((2 * layer_parameters(layer(items[0])), [2, 2]), (1, [1] * 4)):
+        monkeypatch.setattr(measuring, "GROUP_PARAMETERS", most)
+        loaded.clear()
+        measure_groups(measure, items, np.random.default_rng(0))
+        assert loaded == expected
 
 
 class Restless:

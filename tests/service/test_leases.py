@@ -196,7 +196,21 @@ def test_a_cancelled_job_of_a_worker_that_vanished_ends(submit: Callable[[], str
     assert read(held).state is JobState.QUEUED, "its worker will hear of it"
 
 
-@pytest.mark.parametrize("give_back", [jobs.release, lambda session, held: jobs.lose(session, held, "lost", 60.0)])
+GIVE_BACK = pytest.mark.parametrize(
+    "give_back", [jobs.release, lambda session, held: jobs.lose(session, held, "lost", 60.0)], ids=["released", "lost"]
+)
+
+
+@GIVE_BACK
+def test_a_job_that_is_given_back_is_written_to_no_more(submit: Callable[[], str], give_back: Any) -> None:
+    submit()
+    held = take()
+    jobs_call(give_back, held)
+    with pytest.raises(LeaseLost):
+        save(held, memory={"from": "the dead"})
+
+
+@GIVE_BACK
 def test_a_cancelled_job_that_is_given_back_has_ended(submit: Callable[[], str], give_back: Any) -> None:
     job_id = submit()
     held = take()
