@@ -98,12 +98,18 @@ def test_every_generation_is_full_feasible_new_and_scored() -> None:
 
 def test_children_come_from_their_parents() -> None:
     search = ran(0)
+    chosen, changed = dict[int, set[Encoding]](), list[float]()
     born = {one.proposal.encoding: one.generation for one in search.judged}
     for one in search.judged:
         genes, parents = np.array(one.proposal.encoding), np.array(one.proposal.parents)
         assert all(born[parent] < one.generation for parent in one.proposal.parents)
+        chosen.setdefault(one.generation, set()).update(one.proposal.parents)
         if one.proposal.birth == "crossover":
             assert ((genes == parents[0]) | (genes == parents[1])).all()
+        if one.proposal.birth == "mutation":
+            changed.append((genes != parents[0]).mean())
+    assert max(map(len, chosen.values())) <= SMALL.parents
+    assert np.mean(changed) < 0.25, "one in ten is asked for, and some at least"
 
 
 def test_operators() -> None:

@@ -2,6 +2,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,16 @@ def test_a_rate_falls_to_a_tenth_after_every_quarter_where_that_is_asked_for() -
         assert rates == pytest.approx(quarters)
 
 
+@pytest.mark.parametrize("change", [{"label_smoothing": 0.9}, {"augment": False}, {"clip_norm": 1e-6}])
+def test_every_setting_of_a_training_counts(data: Data, change: dict[str, Any]) -> None:
+    def history(settings: TrainingSettings) -> list[dict[str, float]]:
+        trainer = ScratchTrainer(SPACE, SPACE.uniform(0.5), data, settings, 7, CPU)
+        trainer.advance(lambda: False)
+        return trainer.history
+
+    assert history(replace(SETTINGS, **change)) != history(SETTINGS)
+
+
 def test_a_state_of_something_else_is_refused(data: Data) -> None:
     trainer = scratch(data)
     with pytest.raises(ValueError, match="not a state"):
@@ -184,7 +195,7 @@ def test_sampled_structures_lie_in_the_band_and_differ() -> None:
     assert max(costs) <= HIGH
     assert max(costs) - min(costs) > 0.8 * (HIGH - LOW)
     assert len(set(drawn)) > 250
-    assert Structures(SPACE, (LOW, HIGH), 0).at(299) == drawn[299]
+    assert Structures(SPACE, (LOW, HIGH), 0).at(299) == drawn[299] != Structures(SPACE, (LOW, HIGH), 1).at(299)
 
 
 @pytest.mark.parametrize(
