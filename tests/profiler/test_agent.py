@@ -8,8 +8,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -20,12 +20,12 @@ from latency_profiler import agent as agents
 from latency_profiler.agent import Agent, Options
 from latency_profiler.device import fingerprint
 from latency_profiler.errors import InvalidInput, ServiceError, ServiceUnreachable
+from latency_profiler.isolation import Turn
 from latency_profiler.layers import Activation, Layer, Op
-from latency_profiler.measuring import APART, GROUP_SIZE, failure, measure_groups, measure_work
+from latency_profiler.measuring import failure
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.runtimes.simulated import EMPTY_SECONDS, Simulated
 from latency_profiler.spaces.registry import get_space
-from latency_profiler.timing import TAIL, Stopwatch
 
 Json = dict[str, Any]
 Interfere = Callable[[str, Json], httpx2.Response | None]
@@ -92,8 +92,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Agen
 
 
 Start = Callable[..., Agent]
-LARGEST_FACTS = 32 << 10
-"""Bytes of conditions that the service takes."""
 
 
 def spooled(tmp_path: Path) -> list[Path]:
@@ -125,16 +123,6 @@ def test_what_a_machine_usually_takes_lies_beside_what_waits(start: Start, tmp_p
     start(Service([layer_item(1, 8)]), runtime="onnxruntime").run()
     sha256 = fingerprint(open_runtime("onnxruntime", Settings())).sha256
     assert [file.name for file in (tmp_path / "spool").iterdir()] == [f"{sha256}.usual"]
-
-
-def test_a_percentile_that_decides_takes_more_runs_and_fits_into_an_upload() -> None:
-    plain, tail = network_item(1), network_item(2)
-    tail["payload"]["statistic"] = "p90"
-    results = measure_work(Simulated(Settings()), [plain, tail], np.random.default_rng(0))
-    runs = {one["work_id"]: len(one["conditions"]["singles"]) for one in results}
-    assert runs[2] >= TAIL.least > runs[1] / TAIL.singles
-    assert len(json.dumps(results[0]["conditions"])) < LARGEST_FACTS
-    assert len(json.dumps(results[1]["conditions"])) < LARGEST_FACTS
 
 
 def layer(item: Json) -> Layer:
@@ -170,6 +158,62 @@ def stopping(service: Service, agent: Agent) -> Agent:
 
     service._lease = lease  # type: ignore[method-assign]
     return agent
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 503])
+def test_a_service_that_is_busy_is_asked_again(start: Start, status: int) -> None:
+    busy = iter([httpx2.Response(status, json={"detail": "later"})] * 2)
+    service = Service([layer_item(1, 16)], lambda path, body: next(busy, None))
+    stopping(service, start(service, once=False)).run()
+    assert set(service.results) == {1}
+
+
+def test_an_agent_measures_in_its_turn_and_gives_it_back(start: Start, tmp_path: Path) -> None:
+    other, free = Turn(tmp_path / "lock"), list[bool]()
+    agent = start(Service([layer_item(1, 16)]))
+    measure = agent._bench.measure
+
+    def watched(items: Sequence[Json], seed: int) -> list[Json]:
+        free.append(other.take())
+        return measure(items, seed)
+
+    agent._bench.measure = watched  # type: ignore[method-assign]
+    try:
+        agent._run()
+    finally:
+        agent._bench.close()
+    assert set(free) == {False}
+    assert other.take()
+    other.close()
+
+
+@pytest.mark.timeout(60)
+def test_an_agent_that_waits_for_its_turn_keeps_its_lease(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, "RENEWALS", 1e9)
+    other = Turn(tmp_path / "lock")
+    assert other.take()
+    service = Service([layer_item(1, 16)], lambda path, body: other.give_back() if "renew" in body else None)
+    start(service).run()
+    assert service.results.keys() == {1}
+
+
+def test_a_lease_holds_what_can_be_measured_in_a_part_of_its_time(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sixty seconds 24, in which two items of ten seconds begin and a third does not fit."""
+    clock = [0.0]
+
+    def slow(_measure: object, items: Sequence[Json], *_: object) -> list[Json]:
+        clock[0] += 10.0 * len(items)
+        return [failure(item, "slow") for item in items]
+
+    monkeypatch.setattr(agents, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(agents, "measure_groups", slow)
+    service = Service([layer_item(at, 8 + at) for at in range(1, 37)])
+    start(service).run()
+    assert [body["limit"] for body in service.leases] == [agents.MOST_ITEMS, 2, 2, 2]
 
 
 def test_what_could_not_be_handed_in_waits_for_the_next_agent(start: Start, tmp_path: Path) -> None:
@@ -227,221 +271,6 @@ def test_a_refused_agent_ends_and_keeps_what_it_measured(start: Start, tmp_path:
     with pytest.raises(ServiceError, match="not yours"):
         start(Service([layer_item(1, 16)], interfere), once=False).run()
     assert len(spooled(tmp_path)) == 1
-
-
-def test_broken_items_are_results_with_a_reason() -> None:
-    wrong_key = {**layer_item(1, 16), "key": "conv:1>2"}
-    no_layer = {**layer_item(2, 16), "payload": {}}
-    unknown = {**layer_item(3, 16), "kind": "dance"}
-    results = measure_work(
-        Simulated(Settings()), [wrong_key, no_layer, unknown, layer_item(4, 16)], np.random.default_rng(0)
-    )
-    errors = {one["work_id"]: one.get("error") for one in results}
-    assert "is the layer 'conv-k3s1p1-8x8-bn-relu:8>16'" in errors[1]
-    assert errors[2] == "KeyError: 'layer'"
-    assert "cannot measure 'dance'" in errors[3]
-    assert errors[4] is None
-
-
-class Fragile(Simulated):
-    """Fails while running one layer, in the words of a native library."""
-
-    def load_layer(self, layer: Layer) -> Any:
-        return Stopwatch(self._fail) if layer.c_out == 16 else super().load_layer(layer)
-
-    def _fail(self) -> None:
-        raise RuntimeError("kernel \0 \udcff" + "x" * 5000)
-
-
-def test_a_layer_that_fails_while_running_spoils_no_other() -> None:
-    items = [layer_item(1, 16), layer_item(2, 24)]
-    results = {one["work_id"]: one for one in measure_work(Fragile(Settings()), items, np.random.default_rng(0))}
-    assert results[1]["error"].startswith("RuntimeError: kernel   \\udcff")
-    assert len(results[1]["error"]) == 1000
-    assert results[2]["seconds"] > 0
-
-
-def test_the_order_is_shuffled_by_the_seed() -> None:
-    items = [layer_item(i, 8 + i) for i in range(1, 30)]
-
-    def order(seed: int) -> list[int]:
-        return [one["work_id"] for one in measure_work(Simulated(Settings()), items, np.random.default_rng(seed))]
-
-    assert order(0) == order(0) != order(1)
-    assert sorted(order(0)) == list(range(1, 30)) != order(0)
-
-
-def test_measuring_ends_with_the_lease_but_not_empty_handed() -> None:
-    items = [layer_item(i, 8 + i) for i in range(1, 30)]
-    results = measure_work(Simulated(Settings()), items, np.random.default_rng(0), lambda: False)
-    assert len(results) == GROUP_SIZE
-
-
-class Restless:
-    """Measures; `unsteady` of the calls for a key are unsteady."""
-
-    def __init__(self, unsteady: int) -> None:
-        self.unsteady, self.calls = unsteady, list[str]()
-
-    def __call__(self, items: Sequence[Json], seed: int) -> list[Json]:
-        return [self._result(item) for item in items]
-
-    def _result(self, item: Json) -> Json:
-        self.calls.append(item["key"])
-        nth = self.calls.count(item["key"])
-        wild = nth <= self.unsteady and item["work_id"] == 3
-        about = {"seconds": float(nth), "iqr": 0.5 / nth if wild else 0.0, "steady": not wild, "values": [float(nth)]}
-        return {"work_id": item["work_id"], "key": item["key"], **about, "conditions": {"at": f"time {nth}"}}
-
-
-@pytest.mark.parametrize("unsteady", [1, 2])
-def test_what_is_unsteady_is_measured_again_when_all_else_is_done(unsteady: int) -> None:
-    items, measure = [layer_item(i, 8 + i) for i in range(1, 30)], Restless(unsteady)
-    results = {one["work_id"]: one for one in measure_groups(measure, items, np.random.default_rng(0))}
-    assert measure.calls[-1] == items[2]["key"]
-    assert len(measure.calls) == len(items) + 1
-    result = results[3]
-    assert (result["seconds"], result["steady"]) == (2.0, unsteady == 1), "the surer one stands, flagged if unsteady"
-    other = {"seconds": 1.0, "iqr": 0.5, "steady": False, "values": [1.0], "speed": 1.0, "at": "time 1"}
-    assert result["conditions"]["others"] == [other]
-    assert "others" not in results[4]["conditions"]
-
-
-class Moody:
-    """Measures networks in times that are told; None is a failure."""
-
-    def __init__(self, *times: tuple[float, float] | None, yardstick: float | None = None) -> None:
-        self.times, self.yardstick = list(times), yardstick
-
-    def __call__(self, items: Sequence[Json], seed: int) -> list[Json]:
-        assert len(items) == 1
-        if (told := self.times.pop(0)) is None:
-            return [failure(items[0], "lost")]
-        conditions = {"at": "now", "p90": told[1], "yardstick": self.yardstick}
-        figures = {"seconds": told[0], "iqr": 0.0, "steady": True, "values": [told[0]], "conditions": conditions}
-        return [{"work_id": items[0]["work_id"], **figures}]
-
-
-def test_the_middle_of_three_visits_is_a_networks_time() -> None:
-    measure = Moody((1.0, 9.0), (3.0, 4.0), (2.0, 8.0))
-    [result] = measure_groups(measure, [network_item(1)], np.random.default_rng(0))
-    assert (result["seconds"], measure.times) == (2.0, [])
-    assert [one["values"] for one in result["conditions"]["others"]] == [[1.0], [3.0]]
-
-
-@pytest.mark.parametrize(
-    ("speeds", "seconds"),
-    [
-        ([1.0, 0.8, 0.8, 0.95, 1.05], 4.0),
-        ([0.8, 1.2, *[0.8] * 4, 0.95, 0.8, 0.8], 7.0),
-        ([0.8, 1.2, *[0.8] * 7], 5.0),
-    ],
-    ids=["three that are close", "one that is close", "none that is close"],
-)
-def test_a_network_is_visited_more_often_where_the_machine_is_slower_than_usual(
-    speeds: list[float], seconds: float
-) -> None:
-    """And the middle of the visits close to the usual speed counts."""
-
-    def measure(items: Sequence[Json], seed: int) -> list[Json]:
-        nth = next(visits)
-        conditions = {"at": "now", "p90": 1.0, "speed": speeds[nth]}
-        figures = {"iqr": 0.1 / (nth + 1), "steady": True, "values": [1.0], "conditions": conditions}
-        return [{"work_id": items[0]["work_id"], "seconds": float(nth + 1), **figures}]
-
-    visits = iter(range(len(speeds)))
-    [result] = measure_groups(measure, [network_item(1)], np.random.default_rng(0))
-    assert (result["seconds"], next(visits, None)) == (seconds, None), "and no more often"
-    assert [one["speed"] for one in result["conditions"]["others"]] == [
-        speed for nth, speed in enumerate(speeds, 1) if nth != seconds
-    ]
-
-
-def test_a_layer_measured_far_from_the_usual_speed_is_measured_again() -> None:
-    def measure(items: Sequence[Json], seed: int) -> list[Json]:
-        speed, seconds = next(visits)
-        figures = {"iqr": 0.0, "steady": True, "values": [1.0], "conditions": {"at": "now", "speed": speed}}
-        return [{"work_id": items[0]["work_id"], "seconds": seconds, **figures}]
-
-    visits = iter([(0.8, 1.0), (0.95, 2.0)])
-    [result] = measure_groups(measure, [layer_item(1, 8)], np.random.default_rng(0))
-    assert (result["seconds"], result["conditions"]["speed"]) == (2.0, 0.95)
-
-
-def test_where_a_percentile_decides_visits_are_ordered_by_it() -> None:
-    item = network_item(1)
-    item["payload"]["statistic"] = "p90"
-    [result] = measure_groups(Moody((1.0, 9.0), (3.0, 4.0), (2.0, 8.0)), [item], np.random.default_rng(0))
-    assert result["conditions"]["p90"] == 8.0
-    [result] = measure_groups(Moody((1.0, 7.0), (3.0, 4.0), (2.0, 8.0)), [item], np.random.default_rng(0))
-    assert result["conditions"]["p90"] == 7.0
-
-
-@pytest.mark.parametrize(("yardstick", "apart"), [(None, 0), (1e-4, 2)])
-def test_visits_lie_apart_where_others_can_disturb(yardstick: float | None, apart: int) -> None:
-    waited = list[float]()
-    measure = Moody(*[(1.0, 1.0)] * 3, yardstick=yardstick)
-    measure_groups(measure, [network_item(1)], np.random.default_rng(0), wait=waited.append)
-    assert waited == pytest.approx([APART - 0.1] * apart, abs=0.1)
-
-
-def test_every_network_has_its_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that was measured last and comes first in the next round."""
-    clock, at = [0.0], dict[int, list[float]]()
-    monkeypatch.setattr("latency_profiler.measuring.time.monotonic", lambda: clock[0])
-
-    def measure(items: Sequence[Json], seed: int) -> list[Json]:
-        results = []
-        for item in items:
-            at.setdefault(item["work_id"], []).append(clock[0])
-            conditions = {"at": "now", "p90": 1.0, "yardstick": 1e-4}
-            about = {"seconds": 1.0, "iqr": 0.0, "steady": True, "values": [1.0], "conditions": conditions}
-            results.append({"work_id": item["work_id"], **about})
-        clock[0] += 0.7
-        return results
-
-    def wait(seconds: float) -> None:
-        clock[0] += seconds
-
-    items = [layer_item(1000 + i, 8 + i) for i in range(20)] + [network_item(i) for i in range(1, 30)]
-    measure_groups(measure, items, np.random.default_rng(0), wait=wait)
-    gaps = [after - before for times in at.values() for before, after in pairwise(times)]
-    assert len(gaps) == 2 * 29
-    assert min(gaps) >= APART
-    assert clock[0] < 15, "and no longer than that takes"
-
-
-def test_visits_end_when_one_fails_or_the_agent_is_stopped() -> None:
-    [result] = measure_groups(Moody((1.0, 1.0), None), [network_item(1)], np.random.default_rng(0))
-    assert result["seconds"] == 1.0
-    [result] = measure_groups(Moody(None), [network_item(1)], np.random.default_rng(0))
-    assert result["error"] == "lost"
-    stopped = Moody((1.0, 1.0))
-    [result] = measure_groups(stopped, [network_item(1)], np.random.default_rng(0), again=lambda: False)
-    assert result["seconds"] == 1.0
-
-
-def test_a_second_measurement_that_fails_or_has_no_time_leaves_the_first() -> None:
-    def fails(items: Sequence[Json], seed: int) -> list[Json]:
-        return [failure(item, "lost") for item in items] if wild.calls else wild(items, seed)
-
-    wild = Restless(9)
-    [first] = measure_groups(fails, [layer_item(3, 11)], np.random.default_rng(0))
-    assert (first["seconds"], first["steady"]) == (1.0, False)
-    [first] = measure_groups(
-        Restless(9), [layer_item(3, 11)], np.random.default_rng(0), again=lambda: False
-    )  # fmt: skip
-    assert first["seconds"] == 1.0
-
-
-def test_a_canary_is_measured_like_its_layer() -> None:
-    item = layer_item(1, 16)
-    canary = {**item, "work_id": 2, "kind": "canary", "key": f"{item['key']}@7"}
-    layer_result, again = sorted(
-        measure_work(Simulated(Settings()), [item, canary], np.random.default_rng(0)), key=lambda one: one["work_id"]
-    )
-    assert (again["kind"], again["key"]) == ("canary", canary["key"])
-    assert again["seconds"] == pytest.approx(layer_result["seconds"], rel=0.05), "less the empty run, too"
 
 
 def test_a_file_that_is_no_upload_is_put_aside(start: Start, tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def test_a_call_that_must_not_run_twice_is_repeated_only_if_it_did_not_arrive() 
     server = Server(lost(), ok(token="t"))
     with pytest.raises(ServiceUnreachable):
         server.client.add_device("bench")
+    server = Server(httpx2.Response(503), ok(token="t"))
+    with pytest.raises(ServiceError):
+        server.client.add_device("bench")
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("answer", [httpx2.Response(200, text="<html>"), httpx2.Response(200, json=[1])])

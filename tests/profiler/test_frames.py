@@ -1,11 +1,13 @@
 """A layer's frame: two networks that differ by the layer alone, and the seconds that it adds to one of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from latency_profiler.frames import frame
 from latency_profiler.layers import Layer, Op
-from latency_profiler.measuring import measure_work
+from latency_profiler.measuring import LEAST_SECONDS, measure_work
 from latency_profiler.planning import plan_layers
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.runtimes.simulated import Simulated, SimulatedSubject
@@ -106,9 +108,10 @@ def test_a_frame_that_cannot_be_loaded_is_a_failed_measurement() -> None:
 
 
 def test_real_runtimes_measure_frames() -> None:
+    large = replace(RESIDUAL, c_in=64, c_out=64, size=16, kernel=3, padding=1)
     for name in ("onnxruntime", "openvino"):
         runtime = open_runtime(name, Settings())
-        item = {"work_id": 1, "kind": "layer", "key": RESIDUAL.key, "payload": {"layer": RESIDUAL.to_json()}}
+        item = {"work_id": 1, "kind": "layer", "key": large.key, "payload": {"layer": large.to_json()}}
         (result,) = measure_work(runtime, [item], np.random.default_rng(0))
-        assert result["seconds"] > 0
+        assert result["seconds"] > LEAST_SECONDS
         assert result["conditions"]["rest"] > result["conditions"]["empty_run"]

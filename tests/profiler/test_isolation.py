@@ -19,7 +19,7 @@ from latency_profiler import isolation
 from latency_profiler.agent import Agent, Options
 from latency_profiler.errors import NoMeasuringProcess
 from latency_profiler.isolation import Bench, Turn
-from latency_profiler.measuring import measure_group, measure_groups
+from latency_profiler.measuring import LEAST_SECONDS, measure_group, measure_groups
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from tests.profiler.test_agent import Service, layer_item
@@ -71,14 +71,14 @@ def test_a_layer_that_crashes_or_hangs_its_process_has_failed_alone(odd: str) ->
         results = bench.measure(items, 0)
         assert [one["work_id"] for one in results] == [0, 1, 2]
         assert results[1]["error"] == "the measuring process died of SIGSEGV"
-        assert results[0]["seconds"] > 0 < results[2]["seconds"]
+        assert results[0]["seconds"] > LEAST_SECONDS < results[2]["seconds"]
         bench._patience = 0.2
         [hung] = bench.measure([layer_item(3, 24)], 0)
         assert hung["error"] == "the measuring process hung for 0.2 s and was killed"
         assert looks, "somebody could renew the lease meanwhile"
         assert bench._process is None
         bench._patience = 30.0
-        assert bench.measure([layer_item(4, 40)], 0)[0]["seconds"] > 0, "the next one is measured"
+        assert bench.measure([layer_item(4, 40)], 0)[0]["seconds"] > LEAST_SECONDS, "the next one is measured"
     finally:
         bench.close()
 
@@ -105,7 +105,7 @@ def test_no_layer_is_to_blame_where_the_process_does_not_start(
     assert service.results == {}
     (tmp_path / "away").unlink()
     Agent(options, transport=httpx2.MockTransport(service)).run()
-    assert service.results[1]["seconds"] > 0
+    assert service.results[1]["seconds"] > LEAST_SECONDS
 
 
 def test_what_was_measured_before_the_process_was_lost_is_handed_in() -> None:
@@ -120,7 +120,7 @@ def test_what_was_measured_before_the_process_was_lost_is_handed_in() -> None:
 
     results = measure_groups(measure, items, np.random.default_rng(0))
     assert len({one["work_id"] for one in results}) == calls[0] + calls[1]
-    assert all(one["seconds"] > 0 for one in results)
+    assert all(one["seconds"] > LEAST_SECONDS for one in results)
 
 
 def test_an_agent_keeps_its_lease_while_a_measurement_hangs(

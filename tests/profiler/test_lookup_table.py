@@ -132,6 +132,13 @@ def test_where_no_cell_is_of_the_kind_any_cell_is_better_than_the_diagonal() -> 
     assert family.interpolate(160, 160) == pytest.approx(3.0 * 160 * 160)
 
 
+def test_the_smallest_cell_around_a_layer_counts() -> None:
+    family = Family()
+    for c_in, c_out in product((8, 16, 64), (8, 16, 64)):
+        family.add((c_in, c_out), float(c_in**2 * c_out))
+    assert family.interpolate(12, 12) == pytest.approx((8**2 + 16**2) / 2 * 12)
+
+
 def test_noise_is_no_alignment() -> None:
     rng = np.random.default_rng(0)
     points = {(i, o): (50 + i + o) * float(rng.normal(1, 0.03)) for i in range(25, 257, 21) for o in range(24, 257, 8)}

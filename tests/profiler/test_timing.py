@@ -100,6 +100,9 @@ def test_the_cap_in_seconds_ends_what_is_slow() -> None:
     costs = [1.0, 3.0] * 100
     timing = measure(Machine(costs).stopwatch, Effort(least=5, most=1000, cap=2.0))
     assert len(timing.values) == 5
+    wild = np.random.default_rng(0).uniform(1e-3, 9e-3, 10_000).tolist()
+    timing = measure(Machine(wild).stopwatch, Effort(least=2, most=1000, cap=0.2, steady_share=0.0))
+    assert 20 < len(timing.values) < 60, "what is too wild ends as well"
 
 
 def test_a_clock_that_stands_still_ends_too() -> None:
@@ -221,6 +224,12 @@ def test_disturbed_values_are_kept_and_count_for_nothing() -> None:
     assert (timing.disturbed, timing.median, {0, 2} & set(timing.outliers)) == ((0, 2), pytest.approx(2e-3), set())
     assert [round(value, 9) for value in timing.values] == [5e-3, 2e-3, 7e-3, *[2e-3] * 4]
     assert (timing.steady, timing.p90) == (True, pytest.approx(2e-3))
+
+
+def test_single_runs_of_disturbed_values_count_for_nothing() -> None:
+    series = Series(Machine(repeat(1e-4)).stopwatch, Effort(value=1e-3, least=5, most=9, singles=4))
+    interleave([series], np.random.default_rng(0), Neighbour([True, False]))
+    assert (len(series.disturbed), len(series.singles)) == (1, 4 * len(series.counted))
 
 
 def test_a_machine_that_is_never_quiet_is_measured_all_the_same_and_called_unsteady() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from latency_profiler.layers import Layer, Op
-from latency_profiler.measuring import measure_group, measure_work, yardstick_of
+from latency_profiler.measuring import LEAST_SECONDS, measure_group, measure_work, yardstick_of
 from latency_profiler.runtimes.base import Settings, open_runtime
 from latency_profiler.yardstick import LEARNING, MEMORY, TOLERANCE, Yardstick, _numbers, _spread
 
@@ -91,10 +91,10 @@ def test_all_threads_must_be_undisturbed() -> None:
 def test_only_runtimes_of_this_machine_have_a_yardstick() -> None:
     assert yardstick_of(open_runtime("simulated", Settings())) is None
     runtime = open_runtime("onnxruntime", Settings())
-    layer = Layer(Op.LINEAR, 8, 8, size=1)
+    layer = Layer(Op.LINEAR, 1024, 1024, size=1)
     item = {"work_id": 1, "kind": "layer", "key": layer.key, "payload": {"layer": layer.to_json()}}
     [result] = measure_work(runtime, [item], np.random.default_rng(0))
-    assert result["seconds"] > 0
+    assert result["seconds"] > LEAST_SECONDS
     busy = Shared(lambda now: 1e-3 if now < LEARNING else 2e-3).yardstick()
     [result] = measure_group(runtime, [item], 0, busy)
     assert list(result["conditions"]["disturbed"]) == list(range(len(result["values"])))

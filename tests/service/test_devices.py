@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
 from latency_profiler.calibration import NETWORKS
 from latency_profiler.layers import Layer
@@ -17,7 +17,7 @@ from latency_profiler.spaces.registry import get_space
 from service import broker
 from service.store import devices, jobs
 from service.store.measurements import canonical_sha
-from service.store.models import Base, Dataset, Job, JobState
+from service.store.models import Base, Dataset, Job, JobState, Work
 from service.store.session import get_engine, transaction
 
 FACTS = {"cpu": "test", "threads": 1}
@@ -223,6 +223,17 @@ def test_an_agents_connection_has_the_table_checked(client: TestClient) -> None:
     assert table["checked_at"] is not None
     assert client.post("/v1/devices/bench/profiles", json=PROFILE | {"again": True}).json()["done"] == 0
     assert client.get("/v1/devices/bench").json()["table"]["version"] == 2
+
+
+def test_a_lease_that_is_renewed_in_time_is_given_to_nobody_else(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE)
+    held = lease(client, agent).json()
+    with transaction() as session:
+        session.execute(update(Work).values(lease_until=1.0))
+    beat = {"fingerprint": FACTS, "agent": "0.1", "limit": 0, "renew": held["lease_id"]}
+    assert client.post("/v1/devices/bench/leases", json=beat, headers=agent).json()["items"] == []
+    assert lease(client, agent).json()["items"] == []
 
 
 def test_a_failed_layer_is_shown_and_tried_again_when_a_user_asks(client: TestClient) -> None:

@@ -238,6 +238,8 @@ def test_bombs_are_stopped_while_they_are_read(tmp_path: Path) -> None:
         Zip(tmp_path / "a.zip", Limits(entries=3)).names()
     with pytest.raises(InvalidDataset, match="larger than"):
         Tar(tarred(tmp_path / "c.tar", flat, "w:"), Limits(file=1000)).names()
+    with pytest.raises(InvalidDataset, match="larger than"):
+        list(Zip(tmp_path / "b.zip", Limits(file=1000)).read(set(flat)))
 
 
 def test_double_names_are_refused(tmp_path: Path) -> None:
@@ -336,6 +338,20 @@ def test_looking_at_an_npz_reads_no_images(tmp_path: Path) -> None:
     assert peak < 4 * 2**20
 
 
+def test_what_systems_leave_among_images_is_no_image(tmp_path: Path) -> None:
+    written(tmp_path / "set", {**tree(split=False), "__MACOSX/cat/1.png": b"x", "dog/.2.png": b"x"})
+    assert images.inspect("folder", "set", tmp_path) == images.DatasetFacts(CLASSES, 16, 4, 8)
+
+
+def test_an_image_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "set", tree())
+    monkeypatch.setattr(images, "LARGEST_IMAGE", 64)
+    assert images.inspect("folder", "set", tmp_path).train_images == 20
+    monkeypatch.setattr(images, "LARGEST_IMAGE", 63)
+    with pytest.raises(InvalidDataset, match="8 x 8 pixels; scale it down"):
+        images.load("folder", "set", tmp_path, 8, tmp_path / "cache")
+
+
 def test_paths_outside_of_the_data_root_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "root"
     written(tmp_path / "secret", tree())
@@ -370,6 +386,18 @@ def test_a_change_of_the_files_is_noticed(tmp_path: Path) -> None:
     first = images.load("archive", "a.zip", tmp_path, 8, tmp_path / "cache")
     zipped(tmp_path / "a.zip", tree(per_class=12))
     assert len(images.load("archive", "a.zip", tmp_path, 8, tmp_path / "cache").train_y) == 24 != len(first.train_y)
+
+
+def test_a_change_of_a_file_that_keeps_its_size_is_noticed(tmp_path: Path) -> None:
+    def load() -> images.Images:
+        return images.load("folder", "set", tmp_path, 8, tmp_path / "cache")
+
+    ppm = {value: b"P6 8 8 255\n" + bytes([value]) * 192 for value in (0, 200)}
+    path = written(tmp_path / "set", {f"{name}/{i}.ppm": ppm[0] for name in "ab" for i in range(5)}) / "a/0.ppm"
+    before = (load(), path.stat().st_mtime_ns)[1]
+    path.write_bytes(ppm[200])
+    os.utime(path, ns=(before, before + 10**9))
+    assert max(load().train_x.max(), load().test_x.max()) == 200
 
 
 def _load(root: str) -> int:

@@ -115,11 +115,11 @@ def test_a_refused_step_leaves_nothing_of_its_transaction(submit: Callable[[], s
 
 
 def test_beats_keep_a_job(submit: Callable[[], str]) -> None:
-    submit()
-    held = take("a", lease=0.3)
-    for _ in range(4):
-        time.sleep(0.1)
-        assert jobs_call(jobs.beat, held, 0.3, {"done": 1}) is False
+    job_id = submit()
+    held = take("a", lease=3.0)
+    until = read(job_id).lease_until
+    assert jobs_call(jobs.beat, held, 2 * LEASE, {"done": 1}) is False
+    assert (read(job_id).lease_until or 0.0) > (until or 0.0) + LEASE
     assert claim("b") is None
 
 
@@ -196,7 +196,21 @@ def test_a_cancelled_job_of_a_worker_that_vanished_ends(submit: Callable[[], str
     assert read(held).state is JobState.QUEUED, "its worker will hear of it"
 
 
-@pytest.mark.parametrize("give_back", [jobs.release, lambda session, held: jobs.lose(session, held, "lost", 60.0)])
+GIVE_BACK = pytest.mark.parametrize(
+    "give_back", [jobs.release, lambda session, held: jobs.lose(session, held, "lost", 60.0)], ids=["released", "lost"]
+)
+
+
+@GIVE_BACK
+def test_a_job_that_is_given_back_is_written_to_no_more(submit: Callable[[], str], give_back: Any) -> None:
+    submit()
+    held = take()
+    jobs_call(give_back, held)
+    with pytest.raises(LeaseLost):
+        save(held, memory={"from": "the dead"})
+
+
+@GIVE_BACK
 def test_a_cancelled_job_that_is_given_back_has_ended(submit: Callable[[], str], give_back: Any) -> None:
     job_id = submit()
     held = take()
@@ -365,7 +379,7 @@ def test_states_leave_events_from_which_the_seconds_are_read(submit: Callable[[]
         states = [event.data["state"] for event in jobs.events_after(session, job_id, 0)]
         seconds = jobs.phase_seconds(session, job_id)
     assert states == ["queued", "training", "searching", "succeeded"]
-    assert seconds["training"] == pytest.approx(0.1, abs=0.05)
+    assert seconds["training"] >= 0.09, "the clock of SQLite counts milliseconds"
     assert set(seconds) == {"queued", "training", "searching"}
 
 

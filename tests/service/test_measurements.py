@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from latency_profiler.calibration import NETWORKS, calibration_networks, fit_networks
+from latency_profiler.calibration import HELD_OUT, NETWORKS, REPEATED, calibration_networks, fit_networks
 from latency_profiler.cost import CostModel
 from latency_profiler.errors import MeasurementFailed, NotFound
 from latency_profiler.layers import Layer
@@ -136,6 +136,19 @@ def test_a_later_profile_is_measured_after_an_earlier_one_and_its_networks(datab
         at for at, key in enumerate(keys) if key.startswith(("linear", "vgg16@8x0.25/7")) and not key.endswith(">10")
     ]
     assert max(networks) < min(later)
+
+
+def test_networks_are_measured_again_when_all_else_is_measured(database: str) -> None:
+    register(points=3)
+    works = lease().works
+    with transaction() as session:
+        other = {**SPACE_ARGUMENTS, "image_size": 16}
+        measurements.request_profile(session, devices.get(session, "bench"), other, "sampled", 3)
+    record(outcomes(works), "a")
+    again = [item.key.endswith(f"|{REPEATED}") for item in lease().works]
+    assert again == sorted(again)
+    assert again.count(True) == NETWORKS[HELD_OUT]
+    assert not again[0]
 
 
 def job_in_profiling(name: str = "bench") -> None:

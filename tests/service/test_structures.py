@@ -2,11 +2,12 @@
 
 import hashlib
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import event, insert, text
+from sqlalchemy import event, insert, text, update
 
 from latency_profiler.spaces.registry import get_space
 from service.settings import get_settings
@@ -14,9 +15,18 @@ from service.specs import JobRequest
 from service.store import candidates, datasets, devices, jobs, measurements, results, structures
 from service.store.blobs import blob_path, register
 from service.store.candidates import Judged, record_generation
-from service.store.models import Candidate, LookupTable, Measurement, Role, Structure, StructureLatency, WorkKind
+from service.store.models import (
+    Candidate,
+    LookupTable,
+    Measurement,
+    Result,
+    Role,
+    Structure,
+    StructureLatency,
+    WorkKind,
+)
 from service.store.session import get_engine, snapshot, transaction
-from service.store.structures import Budget, Hit, Point
+from service.store.structures import Budget, Hit
 
 SPACES = [get_space("resnet20", size, 1.0, 10, True) for size in (8, 16)]
 KEYS = [space.key for space in SPACES]
@@ -129,7 +139,6 @@ def test_fronts_are_those_of_a_full_scan(database: str, cost: str) -> None:
         name = {"seconds": device_id, "p90": f"{device_id}:p90"}.get(cost, cost)
         points = structures.front(session, KEYS, dataset_id, name)
     assert [(point.accuracy, point.cost) for point in points] == expected
-    assert all(isinstance(point, Point) for point in points)
 
 
 def test_neither_reads_the_table_of_candidates(database: str) -> None:
@@ -154,6 +163,18 @@ def test_neither_reads_the_table_of_candidates(database: str) -> None:
             assert "SCAN candidates" not in plan, plan
             assert "Seq Scan" not in plan, plan
             assert "ix_candidates" in plan, plan
+
+
+def test_where_a_structure_was_met_is_told_from_the_best_down(database: str) -> None:
+    _, rows = fill(12)
+    met = [row for row in rows if row["structure_id"] == rows[0]["structure_id"]]
+    met.sort(key=lambda row: (-row["proxy_accuracy"], row["id"]))
+    assert len({row["proxy_accuracy"] for row in met}) > 1
+    with snapshot() as session:
+        found = structures.sightings(session, rows[0]["structure_id"])
+        [best] = structures.sightings(session, rows[0]["structure_id"], 1)
+    assert [(one.id, name) for one, name in found] == [(row["id"], "digits") for row in met]
+    assert best[0].id == met[0]["id"]
 
 
 def search(client: TestClient) -> tuple[dict[str, Any], list[Judged]]:
@@ -248,13 +269,32 @@ def test_fronts_over_http(client: TestClient) -> None:
     assert both.status_code == 422
 
 
+def test_a_front_is_of_the_statistic_that_is_asked_for(client: TestClient) -> None:
+    search(client)
+    with transaction() as session:
+        session.execute(update(StructureLatency).values(p90=None))
+    for statistic, count in (("p50", 10), ("p90", 0)):
+        asked = {**BENCH, "device": "bench", "statistic": statistic}
+        assert len(client.get("/v1/structures/pareto", params=asked).json()["items"]) == count
+
+
+def test_a_training_on_another_dataset_is_not_shown(client: TestClient) -> None:
+    job, judged = search(client)
+    best = SPACES[0].channels(judged[9].encoding)
+    with transaction() as session:
+        facts = {"classes": 10, "image_size": 8, "train_images": 9, "test_images": 9}
+        other = datasets.add(session, "other", "digits", None, **facts)
+        about = {"job_id": job["id"], "structure_id": SPACES[0].digest(best), "dataset_id": other.id}
+        session.add(Result(**about, role=Role.WINNER, test_accuracy=0.9, test_loss=1.0, settings={}))
+    [item] = client.get("/v1/structures/best", params={**BENCH, "limit": 1}).json()["items"]
+    assert (item["channels"], item["test_accuracy"]) == (list(best), None)
+
+
 def test_a_trained_structure_and_its_files(client: TestClient) -> None:
     job, judged = search(client)
     content = b"weights of the network"
-    sha256 = hashlib.sha256(content).hexdigest()
-    path = blob_path(sha256)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
+    path = keep_file(content)
+    sha256 = path.name
     assert path.is_relative_to(get_settings().blobs)
     space = SPACES[0]
     with transaction() as session:
@@ -286,6 +326,29 @@ def test_a_trained_structure_and_its_files(client: TestClient) -> None:
     assert client.get(where).status_code == 404
 
 
+def keep_file(content: bytes) -> Path:
+    path = blob_path(hashlib.sha256(content).hexdigest())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_a_file_is_that_of_the_method_that_is_asked_for_or_of_the_best(client: TestClient) -> None:
+    job, judged = search(client)
+    channels = SPACES[0].channels(judged[2].encoding)
+    with transaction() as session:
+        for method, accuracy in (("metapruning", 0.7), ("magnitude", 0.8)):
+            register(session, weights := keep_file(method.encode()).name)
+            results.record(
+                session, jobs.get(session, job["id"]), SPACES[0], channels, Role.WINNER, method=method,
+                test_accuracy=accuracy, test_loss=1.0, settings={}, weights=weights,
+            )  # fmt: skip
+    where = f"/v1/structures/{SPACES[0].digest(channels)}/artifacts/weights.safetensors"
+    asked: list[dict[str, str]] = [{"method": "metapruning"}, {"method": "magnitude"}, {}]
+    assert [client.get(where, params=one).text for one in asked] == ["metapruning", "magnitude", "magnitude"]
+    assert client.get(where, params={"method": "interspace"}).status_code == 404
+
+
 def test_winners_of_several_methods_stand_side_by_side(client: TestClient) -> None:
     job, judged = search(client)
     space, channels = SPACES[0], SPACES[0].channels(judged[2].encoding)
@@ -308,6 +371,9 @@ def test_winners_of_several_methods_stand_side_by_side(client: TestClient) -> No
     assert methods(method=["metapruning", "interspace"]) == ["metapruning", "interspace"]
     assert methods(max_sparse_flops=100) == ["magnitude", "interspace"]
     assert methods(max_kept=30) == ["magnitude"]
+    assert methods(max_kept=10**9) == methods(max_sparse_flops=10**9) == methods(), "what is dense keeps everything"
     [best, *_] = client.get("/v1/structures/best", params={**BENCH, "accuracy": "test"}).json()["items"]
     assert best["pruned"] == masked
+    shown = client.get(f"/v1/structures/{best['structure_id']}").json()
+    assert [one["test_accuracy"] for one in shown["results"]] == [0.8, 0.7, 0.6]
     assert client.get("/v1/structures/best", params={**BENCH, "max_kept": 30}).status_code == 422

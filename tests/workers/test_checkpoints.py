@@ -22,9 +22,10 @@ def test_round_trip_by_content(tmp_path) -> None:
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
-def test_bytes(tmp_path) -> None:
+def test_bytes_that_another_user_may_read(tmp_path) -> None:
     sha256 = checkpoints.write_blob(tmp_path, b"model")
     assert place(tmp_path, sha256).read_bytes() == b"model"
+    assert place(tmp_path, sha256).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:100] + b"x" + raw[101:], lambda raw: b""])

@@ -122,6 +122,13 @@ def test_scores_with_fitted_classifiers_are_repeatable(data: Data) -> None:
     assert scorer.score(SPACE.largest) != kept.score(SPACE.largest)
 
 
+@pytest.mark.parametrize("drawn", [{"recalibration_images": 50}, {"recalibration_images": 0, "classifier_images": 50}])
+def test_the_images_that_a_score_needs_are_drawn_by_the_seed(data: Data, drawn: dict[str, int]) -> None:
+    net = PruningNet(SPACE)
+    one, other = (Scorer(net, data, seed=seed, device=CPU, **drawn).score(SPACE.largest) for seed in (0, 1))
+    assert one != other
+
+
 def test_evaluation_equals_a_count_by_hand(data: Data) -> None:
     plain = PruningNet(SPACE).crop(SPACE.largest)
     images, labels = zip(*data.test.plain(30, CPU), strict=True)

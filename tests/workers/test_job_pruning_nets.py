@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 
 from latency_profiler.errors import InvalidDataset
+from latency_profiler.spaces.registry import get_space
 from service import images
 from service.settings import get_settings
 from service.store import blobs, jobs, results
 from service.store.models import JobState, PruningNet
 from service.store.session import transaction
-from tests.workers.whole_jobs import Console, Killed, flops_bound, read, run, submit, take
+from tests.workers.whole_jobs import SPACE, Console, Killed, flops_bound, read, run, submit, take
 from workers import checkpoints
+from workers.steps import training
 from workers.steps.advance import advance
 from workers.steps.context import Context
+from workers.steps.recipe import recipe
+from workers.training import TrainingSettings
 
 
 def test_the_next_job_reuses_the_pruning_net_and_only_searches(world: None) -> None:
@@ -44,6 +48,19 @@ def test_a_pruning_net_of_another_code_of_other_images_or_another_band_is_not_ta
     assert [job.result["uniform"]["reused"] for job in (first, wider, newer, changed) if job.result] == [
         False, True, True, False,
     ]  # fmt: skip
+
+
+def test_what_could_give_other_bits_is_not_taken_over(world: None) -> None:
+    """Trained networks of another seed, and PruningNets of another space whose layers have the same names."""
+    context = Context(take(submit(flops_bound(0.4))), get_settings(), Console())
+    settings = TrainingSettings.of(context.spec.retraining.model_dump())
+    family, trained = training._family(context), recipe(context, SPACE.channels(SPACE.largest), settings)
+    assert trained == recipe(context, SPACE.channels(SPACE.largest), settings)
+    context.__dict__["space"] = get_space("mobilenet_v1", 8, 0.2, 10, free_last=True)
+    assert training._family(context) != family
+    context.__dict__["space"] = SPACE
+    context.spec = context.spec.model_copy(update={"seed": 1})
+    assert recipe(context, SPACE.channels(SPACE.largest), settings) != trained
 
 
 def test_a_pruning_net_of_another_environment_makes_a_job_not_reproducible(

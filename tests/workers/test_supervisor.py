@@ -19,15 +19,18 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from latency_profiler.errors import InfeasibleConstraint
 from service.settings import get_settings
 from service.specs import JobRequest, resolve
-from service.store import jobs
+from service.store import chunks, jobs
+from service.store.chunks import ChunkClaim
+from service.store.jobs import Claim, LeaseLost
 from service.store.models import TERMINAL, Candidate, Dataset, Job, JobState, PruningNet, Result, clock, new_id
 from service.store.session import transaction
 from workers import runner
 from workers.parallel import ALONE
-from workers.steps.outcome import ENDED, Outcome
-from workers.supervisor import supervise_next
+from workers.steps.outcome import ENDED, FOR_DEVICE, Outcome
+from workers.supervisor import Watch, evaluate_next, supervise_next
 
 KEY = "mobilenet_v1@8x0.1/10+last"
 
@@ -70,6 +73,13 @@ def runners() -> list[psutil.Process]:
 def read(job_id: str) -> Job:
     with transaction() as session:
         return jobs.get(session, job_id)
+
+
+def claimed() -> Claim:
+    with transaction() as session:
+        claim = jobs.claim(session, "worker", 30, 3)
+    assert claim is not None
+    return claim
 
 
 def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -194,10 +204,7 @@ def test_a_runner_outlives_a_database_that_is_away_for_a_moment(
     submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = submit()
-    with transaction() as session:
-        claim = jobs.claim(session, "worker", 30, 3)
-    assert claim is not None
-    context = SimpleNamespace(claim=claim, console=runner.Silence(), team=ALONE, kept={"trainer": "ahead"})
+    context = SimpleNamespace(claim=claimed(), console=runner.Silence(), team=ALONE, kept={"trainer": "ahead"})
     away = [OperationalError("", None, Exception("gone")), PoolTimeout()]
     held = list[dict[str, str]]()
 
@@ -216,6 +223,56 @@ def test_a_runner_outlives_a_database_that_is_away_for_a_moment(
     context.team = object()
     with pytest.raises(PoolTimeout):
         runner._run(context)  # type: ignore[arg-type]
+
+
+def test_a_runner_that_waits_for_long_gives_its_job_back(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit()
+    context = SimpleNamespace(claim=claimed(), console=runner.Silence(), team=ALONE, kept={})
+    waits = iter([FOR_DEVICE] * 10)
+    monkeypatch.setattr(runner, "advance", lambda *_: next(waits))
+    monkeypatch.setattr(runner, "POLL", 0.01)
+    monkeypatch.setattr(runner, "PATIENCE", 0.02)
+    runner._run(context)  # type: ignore[arg-type]
+    job = read(job_id)
+    assert (job.owner, job.run_after - job.updated_at) == (None, pytest.approx(FOR_DEVICE.wait, abs=1))
+    assert len(list(waits)) == 7, "it looked twice more before it did"
+
+
+def test_leases_that_can_not_be_renewed_are_lost_before_they_end(submit: Callable[..., str]) -> None:
+    def away(*_: object) -> bool:
+        raise OperationalError("", None, Exception("gone"))
+
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as process:
+        watch = Watch(process, get_settings(), away)
+        assert not watch.beat()
+        watch.renewed -= get_settings().lease_seconds
+        with pytest.raises(LeaseLost):
+            watch.beat()
+
+
+@pytest.mark.parametrize(
+    "supervise", [supervise_next, lambda worker, stopping: evaluate_next(worker, stopping, jobs_first=False)]
+)
+def test_chunks_of_a_runner_that_died_are_given_back(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch, supervise: Callable[..., bool]
+) -> None:
+    job_id, held = submit(), list[ChunkClaim | None]()
+
+    def started(*about: str) -> subprocess.Popen[bytes]:
+        owner = next(one for one in about if one.startswith("worker:"))
+        with transaction() as session:
+            held.append(chunks.claim(session, job_id, "{}", owner, 1000.0))
+        return subprocess.Popen(["false"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    monkeypatch.setattr("workers.supervisor._started", started)
+    with transaction() as session:
+        chunks.publish(session, job_id, "batch", "{}", [[(0, 1)]])
+    assert supervise("worker", lambda: False)
+    assert [one and one.encodings for one in held] == [[(0, 1)]]
+    with transaction() as session:
+        assert chunks.waiting(session) == [(job_id, "{}")]
 
 
 def test_nothing_outlives_a_killed_supervisor(submit: Callable[..., str], tmp_path: Path) -> None:
@@ -252,6 +309,30 @@ def test_a_worker_that_stops_before_its_runner_listens_costs_no_attempt(submit: 
     assert (job.owner, job.attempts, job.state, job.error) == (None, 0, JobState.QUEUED, None)
 
 
+def run_failing(monkeypatch: pytest.MonkeyPatch, claim: Claim, error: Exception) -> int:
+    """The exit code of a runner whose job ends with an error."""
+
+    def fail(_context: object) -> None:
+        raise error
+
+    for name, stand_in in {"_run": fail, "die_with": lambda parent: True, "Console": runner.Silence}.items():
+        monkeypatch.setattr(runner, name, stand_in)
+    monkeypatch.setattr(runner, "Context", lambda *_, **__: None)
+    return runner.main(claim.job_id, claim.owner, str(claim.fence), "0")
+
+
+def test_what_is_wrong_with_a_job_itself_ends_it_with_all_that_is_known(
+    submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, error = submit(), InfeasibleConstraint("flops", 1.0, 2.0, 3.0)
+    assert run_failing(monkeypatch, claimed(), error) == 0
+    facts = {"metric": "flops", "asked": 1.0, "smallest": 2.0, "largest": 3.0}
+    job = read(job_id)
+    assert (job.state, job.error) == (
+        JobState.FAILED, {"title": "InfeasibleConstraint", "detail": str(error), **facts},
+    )  # fmt: skip
+
+
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -266,18 +347,8 @@ FULL = os.strerror(errno.ENOSPC)
 def test_what_a_runner_cannot_go_on_from_is_told_and_a_full_disk_is_waited_for(
     submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int, wait: float
 ) -> None:
-    job_id = submit()
-    with transaction() as session:
-        claim = jobs.claim(session, "worker", 30, 3)
-    assert claim is not None
-
-    def fail(_context: object) -> None:
-        raise error
-
-    for name, stand_in in {"_run": fail, "die_with": lambda parent: True, "Console": runner.Silence}.items():
-        monkeypatch.setattr(runner, name, stand_in)
-    monkeypatch.setattr(runner, "Context", lambda *_, **__: None)
-    assert runner.main(job_id, claim.owner, str(claim.fence), "0") == 1
+    job_id, claim = submit(), claimed()
+    assert run_failing(monkeypatch, claim, error) == 1
     job = read(job_id)
     assert (job.owner, job.attempts) == (None, attempts)
     assert (job.error or {})["detail"] == f"{type(error).__name__}: {error}"
