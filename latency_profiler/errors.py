@@ -74,8 +74,7 @@ class NotFound(SecateursError):
 
     def __init__(self, kind: str, name: str, known: Sequence[str] = ()) -> None:
         self.kind, self.name = kind, name
-        listed = f"; there are: {', '.join(known)}" if known else "; see `secateurs jobs`" if kind == "job" else ""
-        super().__init__(f"no {kind} {name!r}{listed}")
+        super().__init__(f"no {kind} {name!r}" + (f"; there are: {', '.join(known)}" if known else ""))
 
 
 class AlreadyExists(SecateursError):

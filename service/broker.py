@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from celery import Celery
-from kombu.exceptions import ChannelError, OperationalError
+from kombu.exceptions import OperationalError
 
 from service.settings import get_settings
 
@@ -62,11 +62,11 @@ TURN_SECONDS = 0.2
 
 def unheard(queue: str = JOBS) -> int:
     """How many bells lie in the queue; 0 where the broker cannot tell."""
-    try:
-        with app.connection_for_write() as connection:
+    with app.connection_for_write() as connection:
+        try:
             return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
-    except (OperationalError, ChannelError, OSError):
-        return 0
+        except (OperationalError, OSError, *connection.connection_errors, *connection.channel_errors):
+            return 0
 
 
 def ring(queue: str = JOBS) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
-from latency_profiler.errors import InvalidInput, SecateursError
+from latency_profiler.errors import InvalidInput, SecateursError, ServiceError
 from service.commands import devices, jobs, local
 from service.commands.options import err
 
@@ -65,7 +65,8 @@ def run(arguments: list[str] | None = None) -> int:
     except InvalidInput as error:
         return _fail(str(error), 2)
     except (SecateursError, OSError) as error:
-        return _fail(str(error), 1)
+        unknown = isinstance(error, ServiceError) and error.problem.get("kind") == "job"
+        return _fail(f"{error}; see `secateurs jobs`" if unknown else str(error), 1)
     except (KeyboardInterrupt, Abort):
         return 130
     except Exception as error:  # an error of ours: the user gets a line too, and the way to a report

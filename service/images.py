@@ -9,6 +9,7 @@ of it does not matter. Letters: n images, s side in pixels.
 import hashlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -224,6 +225,17 @@ def _decode(kind: str, path: Path | None, size: int, folder: Path, told: Callabl
     return arrays.classes
 
 
+def _take_room(file: Path) -> None:
+    """Where the disk is full, an error now instead of a signal that ends the process when a page is written.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+
 def _decode_files(files: Files, size: int, folder: Path, told: Callable[[], object]) -> tuple[str, ...]:
     """Decode image files into arrays that are mapped, in the order of the names, whatever order they are stored in."""
     plan = _plan(files.names())
@@ -232,7 +244,8 @@ def _decode_files(files: Files, size: int, folder: Path, told: Callable[[], obje
         indices = np.flatnonzero(chosen)
         np.save(folder / f"{part}_y.npy", plan.labels[indices], allow_pickle=False)
         shape = (len(indices), size, size, 3)
-        pixels = form.open_memmap(folder / f"{part}_x.npy", mode="w+", dtype=np.uint8, shape=shape)
+        pixels = form.open_memmap(file := folder / f"{part}_x.npy", mode="w+", dtype=np.uint8, shape=shape)
+        _take_room(file)
         places |= {plan.names[index]: (pixels, place) for place, index in enumerate(indices)}
     missing = set(places)
     for name, image in _decoded(files, places, size):

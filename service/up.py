@@ -255,8 +255,10 @@ class Up:
         try:
             token = client.add_device(THIS_MACHINE)["token"]
         except ServiceError as error:
-            if error.status != 409 or "device" not in known:
+            taken, begun = error.status == 409, "device" in known
+            if taken and not begun:
                 path.unlink()
+            if not (taken and begun):
                 raise UpError(
                     f"device {THIS_MACHINE!r} cannot be registered ({error}); if its token is lost, start with "
                     f"--no-agent and run: secateurs devices remove {THIS_MACHINE}"

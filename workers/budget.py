@@ -146,7 +146,7 @@ class Budget:
         return fill(self.tightness, *self._band, encodings, rng, up=up)
 
     def everything(self, most: int) -> Genes | None:
-        """All feasible structures, one encoding each; None where there are more than `most`, found out at bounded cost."""
+        """All feasible structures, one encoding each; None where there are more than `most`, or too many to count."""
         enumerated = self._enumerated(most)
         return enumerated if enumerated is not None and len(enumerated) <= most else None
 

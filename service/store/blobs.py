@@ -1,6 +1,7 @@
 """Files by their content: checkpoints and artifacts. The row says which files count."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import delete, select
@@ -26,13 +27,17 @@ def register(session: Session, sha256: str) -> None:
 
 
 def sweep(session: Session) -> int:
-    """Remove files that nobody has registered for a day, since their writer was killed before; returns how many."""
+    """Remove files that nobody has registered for a day, since their writer was killed before; returns how many.
+
+    What another user owns, or somebody else takes away meanwhile, is left alone.
+    """
     removed, long_ago = 0, time.time() - KEPT_SECONDS
-    for folder in (one for one in get_settings().blobs.glob("*") if one.is_dir()):
-        old = {path.name: path for path in folder.iterdir() if path.stat().st_mtime < long_ago}
-        for name in old.keys() - set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(old)))):
-            old[name].unlink(missing_ok=True)
-            removed += 1
+    for folder in get_settings().blobs.glob("*"):
+        with suppress(OSError):
+            old = {path.name: path for path in folder.glob("*") if path.is_file() and path.stat().st_mtime < long_ago}
+            for name in old.keys() - set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(old)))):
+                old[name].unlink()
+                removed += 1
     return removed
 
 

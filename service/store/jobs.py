@@ -230,9 +230,10 @@ def lose(session: Session, claim: Claim, reason: str, after_seconds: float) -> N
 
 def _give_back(session: Session, claim: Claim, after_seconds: float, **changes: Any) -> None:
     """Nobody holds it any more; one that was to be cancelled has ended by that."""
-    values = {"owner": None, "lease_until": None, "run_after": now() + after_seconds, **changes}
-    if _write(session, claim, values).cancel_requested_at is not None:
+    if _write(session, claim, {}).cancel_requested_at is not None:
         _end(session, claim.job_id, JobState.CANCELLED)
+    else:
+        _write(session, claim, {"owner": None, "lease_until": None, "run_after": now() + after_seconds, **changes})
 
 
 def finish(session: Session, claim: Claim, state: JobState, **changes: Any) -> None:

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import multiprocessing
@@ -409,3 +410,15 @@ def test_racing_workers_share_one_cache(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert pool.map(_load, [str(tmp_path)] * 6) == [20] * 6
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_full_disk_is_an_error_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_handle: int, _offset: int, size: int) -> None:
+        assert size > 16 * 8 * 8 * 3
+        raise OSError(errno.ENOSPC, "no room")
+
+    written(tmp_path / "set", tree())
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no room"):
+        images.load("folder", "set", tmp_path, 8, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/*.npy"))

@@ -216,7 +216,7 @@ def test_a_cancelled_job_that_is_given_back_has_ended(submit: Callable[[], str],
     held = take()
     jobs_call(jobs.request_cancel, job_id)
     jobs_call(give_back, held)
-    assert read(job_id).state is JobState.CANCELLED
+    assert (read(job_id).state, read(job_id).error) == (JobState.CANCELLED, None)
 
 
 def test_as_many_bells_lie_in_the_queue_as_jobs_wait(submit: Callable[[], str]) -> None:
@@ -234,7 +234,8 @@ def test_files_that_nobody_has_registered_go_after_a_day(submit: Callable[[], st
     submit()
     kept, lost, young = (keep_file(content) for content in (b"kept", b"lost", b"young"))
     jobs_call(blobs.register, kept.name)
-    for path in (kept, lost):
+    (lost.parent / "folder").mkdir(exist_ok=True)
+    for path in (kept, lost, lost.parent / "folder"):
         os.utime(path, (0, time.time() - 2 * blobs.KEPT_SECONDS))
     assert jobs_call(blobs.sweep) >= 1
     assert [path.exists() for path in (kept, lost, young)] == [True, False, True]

@@ -266,6 +266,8 @@ def test_a_budget_is_empty_where_nothing_is_drawn_and_nothing_enumerated(
     whole = space.layers(space.channels(space.largest))
     wide = Constraint(Metric.FLOPS, flops(whole), 0.9 * flops(whole))
     budget = Budget(space, [wide, Constraint(Metric.PARAMETERS, share * parameters(whole))], {}, {})
+    monkeypatch.setattr("workers.budget.DRAWN", 10)
+    assert (budget.everything(10) is None) is not empty, "more than are drawn at a time"
     if not drawing:
         monkeypatch.setattr(budget, "sample", lambda count, rng: np.empty((0, len(space.genes)), dtype=np.int64))
     assert budget.empty(0) is empty

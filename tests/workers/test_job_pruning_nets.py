@@ -14,7 +14,7 @@ from service.settings import get_settings
 from service.store import blobs, jobs, results
 from service.store.models import JobState, PruningNet
 from service.store.session import transaction
-from tests.workers.whole_jobs import SPACE, Console, Killed, flops_bound, read, run, submit, take
+from tests.workers.whole_jobs import SPACE, Console, Killed, flops_bound, forget, read, run, submit, take
 from workers import checkpoints
 from workers.steps import training
 from workers.steps.advance import advance
@@ -179,3 +179,26 @@ def test_a_job_that_kills_its_runner_before_a_step_ends_is_charged_for_it(world:
         with pytest.raises(Killed):
             run(job_id, console=Console("training", 1))
         assert (read(job_id).state, read(job_id).attempts) == (JobState.TRAINING, attempts)
+
+
+@pytest.mark.parametrize("kept", [
+    lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()},
+    lambda tensors: dict(list(tensors.items())[1:]),
+], ids=["of other shapes", "one less"])  # fmt: skip
+def test_a_checkpoint_of_a_version_that_kept_other_things_begins_anew(world: None, kept: Any) -> None:
+    undisturbed = run(submit(flops_bound(0.4)))
+    forget()
+    job_id = submit(flops_bound(0.4))
+    context = Context(take(job_id), get_settings(), Console())
+    while read(job_id).state is not JobState.RETRAINING:
+        advance(context, read(job_id))
+    context.pause = lambda seconds, progress: lambda: True  # type: ignore[method-assign]
+    advance(context, read(job_id))
+    memory = dict(read(job_id).memory)
+    tensors = checkpoints.load(blobs.blob_path(old := memory["checkpoint"]["sha256"]), old)
+    sha256 = checkpoints.save(get_settings().blobs, kept(tensors))
+    with transaction() as session:
+        blobs.register(session, sha256)
+        jobs.note(session, context.claim, memory={**memory, "checkpoint": {**memory["checkpoint"], "sha256": sha256}})
+    done = run(job_id)
+    assert (done.result or {})["winner"]["test_accuracy"] == (undisturbed.result or {})["winner"]["test_accuracy"]

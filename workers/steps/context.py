@@ -53,6 +53,9 @@ class Resumable(Protocol):
         """Go on where another one was when it gave these."""
 
 
+R = TypeVar("R", bound=Resumable)
+
+
 @dataclass(frozen=True)
 class Facts:
     """A job's dataset row, detached."""
@@ -127,9 +130,10 @@ class Context:
     def pin_images(self) -> None:
         """Note which images the job has seen: it ends when they are others (`loaded`)."""
         if "images" not in self._begun:
-            self._begun = {**self._begun, "images": self.loaded.digest}
+            pinned = {**self._begun, "images": self.loaded.digest}
             with transaction() as session:
-                jobs.note(session, self.claim, environment=self._begun)
+                jobs.note(session, self.claim, environment=pinned)
+            self._begun = pinned
 
     @property
     def flips(self) -> bool:
@@ -220,12 +224,18 @@ class Context:
         made: T = self.kept[name][1]
         return made
 
-    def restore(self, trainer: Resumable, sha256: str, counters: dict[str, Any]) -> None:
-        """Let a trainer go on from a checkpoint; from its beginning if the file is damaged, which ends the same."""
+    def restored(self, make: Callable[[], R], sha256: str, counters: dict[str, Any]) -> R:
+        """A trainer that goes on from a checkpoint.
+
+        One that begins anew, which ends the same, if the file is damaged, or of another version that kept other things.
+        """
+        trainer = make()
         try:
             trainer.restore(checkpoints.load(blob_path(sha256), sha256), counters)
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, KeyError, ValueError, RuntimeError) as error:
             log.warning("job %s trains from the beginning: %s", self.claim.job_id, error)
+            return make()
+        return trainer
 
     def rename(self, name: str, key: Any) -> None:
         """The kept thing has moved on: it is now what this key would make."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -65,10 +66,8 @@ def check(context: Context, memory: Mapping[str, Any]) -> None:
 def build(context: Context, job: Job, method: Method, kept: Mapping[str, Any]) -> Any:
     """The method's pruner, that goes on from a checkpoint if there is one."""
     if method == "collaborative":
-        pruner = _collaborative(context, job)
-        if kept:
-            context.restore(pruner, kept["sha256"], kept["counters"])
-        return pruner
+        collaborative = partial(_collaborative, context, job)
+        return context.restored(collaborative, kept["sha256"], kept["counters"]) if kept else collaborative()
     make: Callable[..., Trainer] = magnitude if method == "magnitude" else interspace
     return trainers.build(context, make, {"job_id": job.id}, kept.get("sha256"), kept.get("counters"))
 

@@ -7,6 +7,7 @@ to build the same trainer from the same arguments and to train in lock-step with
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from latency_profiler.errors import SecateursError
@@ -54,9 +55,11 @@ def build(
         arguments: of `make`, as JSON.
     """
     context.team.tell({"build": make.__name__, "arguments": dict(arguments)})
-    trainer = make(context, **arguments)
-    if checkpoint is not None and counters is not None:
-        context.restore(trainer, checkpoint, dict(counters))
+    made = partial(make, context, **arguments)
+    if checkpoint is None or counters is None:
+        trainer = made()
+    else:
+        trainer = context.restored(made, checkpoint, dict(counters))
     context.team.tell(trainer.counters())
     trainer.align(trainer.counters())
     return trainer
