@@ -48,14 +48,16 @@ def convolve(
     """A convolution; weight (c_out, c_in / groups, k, k).
 
     oneDNN compiles a kernel for every new shape, which costs milliseconds, and a PruningNet has new widths in every
-    step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays.
+    step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays. With
+    a stride it is one on those, too: oneDNN 3.12 writes its weights' gradient beyond a buffer, where c_in is below 8 on
+    processors without AVX-512, which ends the process or not (its issue 6035).
 
     Args:
         varied: the next call has other widths; a GPU computes it `without_plans`.
     """
     if varied and x.device.type == "cuda" and layer.out_size <= SMALL_MAP:
         return without_plans(layer, x, weight, bias)
-    if layer.op is Op.CONV and layer.kernel == 1 and layer.out_size < LARGE_MAP:
+    if layer.op is Op.CONV and layer.kernel == 1 and (layer.out_size < LARGE_MAP or layer.stride > 1):
         return _by_pixels(layer, x, weight, bias)
     groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
     return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, groups)

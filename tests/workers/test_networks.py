@@ -15,7 +15,7 @@ from latency_profiler.spaces.space import CHOICES, IMAGE
 from latency_profiler.tensors import network_inputs
 from tests.profiler.test_graphs import onnx_result
 from workers import networks
-from workers.networks import PlainNetwork, activate, folded_weights, run
+from workers.networks import LARGE_MAP, PlainNetwork, activate, convolve, folded_weights, run
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
@@ -169,3 +169,19 @@ def test_layers_are_decayed_as_in_the_authors_code(name: str, without: set[str])
     }
     assert undecayed == without
     assert not any(id(linear.weight) in others for linear in network.linears.values())
+
+
+def test_a_pointwise_convolution_with_a_stride_is_a_matrix_product_on_large_maps_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN's gradient of such weights writes beyond a buffer, and may end the process."""
+    layer = Layer(Op.CONV, 7, 14, 2 * LARGE_MAP, stride=2)
+    x = torch.randn(2, 7, 2 * LARGE_MAP, 2 * LARGE_MAP).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(14, 7, 1, 1)
+    wanted = functional.conv2d(x, weight, stride=2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(functional, "conv2d", refuse)
+    torch.testing.assert_close(convolve(layer, x, weight), wanted)
