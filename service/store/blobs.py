@@ -1,6 +1,5 @@
 """Files by their content: checkpoints and artifacts. The row says which files count."""
 
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,12 +7,10 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from latency_profiler.durable import place
+from latency_profiler.durable import STALE_SECONDS, place
 from service.settings import get_settings
 from service.store.bulk import insert_missing
-from service.store.models import Blob
-
-KEPT_SECONDS = 86_400.0
+from service.store.models import Blob, clock
 
 
 def blob_path(sha256: str) -> Path:
@@ -31,7 +28,7 @@ def sweep(session: Session) -> int:
 
     What another user owns, or somebody else takes away meanwhile, is left alone.
     """
-    removed, long_ago = 0, time.time() - KEPT_SECONDS
+    removed, long_ago = 0, clock(session) - STALE_SECONDS
     for folder in get_settings().blobs.glob("*"):
         with suppress(OSError):
             old = {path.name: path for path in folder.glob("*") if path.is_file() and path.stat().st_mtime < long_ago}

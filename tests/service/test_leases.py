@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from latency_profiler.durable import STALE_SECONDS
 from latency_profiler.errors import NotFound
 from service import broker, reconciler
 from service.specs import JobRequest, resolve
@@ -236,7 +237,7 @@ def test_files_that_nobody_has_registered_go_after_a_day(submit: Callable[[], st
     jobs_call(blobs.register, kept.name)
     (lost.parent / "folder").mkdir(exist_ok=True)
     for path in (kept, lost, lost.parent / "folder"):
-        os.utime(path, (0, time.time() - 2 * blobs.KEPT_SECONDS))
+        os.utime(path, (0, time.time() - 2 * STALE_SECONDS))
     assert jobs_call(blobs.sweep) >= 1
     assert [path.exists() for path in (kept, lost, young)] == [True, False, True]
 

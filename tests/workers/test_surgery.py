@@ -121,7 +121,7 @@ def test_centred_gates_are_removal_with_batch_norms_that_take_the_mean_off() -> 
 
 @torch.no_grad()
 def test_gates_of_weights_leave_the_constant_of_the_batch_norm() -> None:
-    """Equal to setting the channel's rows of weights to zero."""
+    """Equal to setting the channel's rows of dense weights to zero."""
     network = trained("mobilenet_v1", 16, 0.25)
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     kept = some(network, 0)
@@ -129,7 +129,7 @@ def test_gates_of_weights_leave_the_constant_of_the_batch_norm() -> None:
     weight = run(network.nodes, images, gated(network, gates, "weight"))
     removed = shrink(network, kept)(images)
     for i, unit in enumerate(network.space.units):
-        if str(i) in network.convs and unit.target.index is not None:
+        if unit.op is Op.CONV and unit.target.index is not None:
             network.weight(i).mul_(gates[unit.target.index][0][:, None, None, None])
     assert torch.allclose(weight, network(images), rtol=1e-9, atol=1e-12)
     assert not torch.allclose(weight, removed, rtol=1e-2)
