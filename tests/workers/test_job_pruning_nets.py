@@ -181,6 +181,7 @@ def test_a_job_that_kills_its_runner_before_a_step_ends_is_charged_for_it(world:
         assert (read(job_id).state, read(job_id).attempts) == (JobState.TRAINING, attempts)
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # what is tested here is the same on both kinds
 @pytest.mark.parametrize("kept", [
     lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()},
     lambda tensors: dict(list(tensors.items())[1:]),
