@@ -42,7 +42,7 @@ def kept(job: Json) -> Json:
 
 
 def write(name: str, content: Json) -> Path:
-    """A result file, with what it was measured with, and when."""
+    """A result file, with what its last line was measured with, and when."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content | _measured_with(), indent=1) + "\n")

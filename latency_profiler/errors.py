@@ -26,8 +26,6 @@ SecateursError
 from collections.abc import Sequence
 from typing import Any
 
-COUNTS = ("flops", "parameters")
-
 
 class SecateursError(Exception):
     """Base of all errors that Secateurs raises on purpose."""
@@ -101,8 +99,13 @@ class InfeasibleConstraint(SecateursError):
     def __init__(self, metric: str, asked: float, smallest: float, largest: float, device: str | None = None) -> None:
         self.metric, self.asked, self.smallest, self.largest, self.device = metric, asked, smallest, largest, device
         where = f" on {device}" if device else ""
-        said, low, high = (f"{value:{'.0f' if metric in COUNTS else 'g'}}" for value in (asked, smallest, largest))
+        said, low, high = map(_number, (asked, smallest, largest))
         super().__init__(f"no structure has {metric} within {said}{where}: the space reaches from {low} to {high}")
+
+
+def _number(value: float) -> str:
+    """Counts with all of their digits."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
 
 
 class NothingFeasible(SecateursError):

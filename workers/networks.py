@@ -17,6 +17,9 @@ from workers.norms import Norm
 NORM_EPSILON = 1e-5
 LARGE_MAP = 16
 """Side in pixels from which a 1x1 convolution is faster as a convolution than as a matrix product."""
+ONEDNN_BLOCK = 16
+"""Channels that oneDNN computes at once: of fewer, the gradient of a strided 1x1 convolution destroys memory (its issue
+6035; seen with AVX2, whose blocks have 8)."""
 SMALL_MAP = 32
 """Side in pixels up to which the patches of a map fit in a GPU's memory with ease."""
 UNDECAYED = {"mobilenet_v2": "project", "resnet50": "shortcut"}
@@ -49,15 +52,15 @@ def convolve(
 
     oneDNN compiles a kernel for every new shape, which costs milliseconds, and a PruningNet has new widths in every
     step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays. With
-    a stride it is one on those, too: oneDNN 3.12 writes its weights' gradient beyond a buffer, where c_in is below 8 on
-    processors without AVX-512, which ends the process or not (its issue 6035).
+    a stride and few channels it is one on those, too: oneDNN 3.12 writes its weights' gradient beyond a buffer.
 
     Args:
         varied: the next call has other widths; a GPU computes it `without_plans`.
     """
     if varied and x.device.type == "cuda" and layer.out_size <= SMALL_MAP:
         return without_plans(layer, x, weight, bias)
-    if layer.op is Op.CONV and layer.kernel == 1 and (layer.out_size < LARGE_MAP or layer.stride > 1):
+    unsafe = layer.stride > 1 and layer.c_in < ONEDNN_BLOCK
+    if layer.op is Op.CONV and layer.kernel == 1 and (layer.out_size < LARGE_MAP or unsafe):
         return _by_pixels(layer, x, weight, bias)
     groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
     return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, groups)

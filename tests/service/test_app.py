@@ -4,13 +4,15 @@ import json
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 from service.api import health
 from service.store import devices
-from service.store.session import takes_writes, transaction
+from service.store.session import get_engine, takes_writes, transaction
 
 
 def test_health_needs_no_key(client: TestClient) -> None:
@@ -28,6 +30,20 @@ def test_a_database_that_takes_no_writes_is_not_ready(client: TestClient, monkey
     answer = client.get("/readyz")
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_postgresql_that_stands_by_is_answered_by_503(client: TestClient) -> None:
+    def stand_by(connection: Any, _record: object) -> None:
+        connection.execute("SET default_transaction_read_only = on")
+        connection.commit()
+
+    event.listen(get_engine(), "connect", stand_by)
+    get_engine().dispose()
+    assert not takes_writes()
+    for answer in (client.post("/v1/devices", json={"name": "d"}), client.get("/readyz")):
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:secateurs:database-unavailable")
+    assert client.get("/v1/devices").json()["items"] == []
 
 
 def test_metrics_count_what_is_stored_and_asked(client: TestClient) -> None:

@@ -183,7 +183,7 @@ def test_cancelling_ends_an_idle_job_at_once_and_twice_is_once(submit: Callable[
     assert claim() is None
 
 
-@pytest.mark.parametrize("sweep", [jobs.end_cancelled, None])
+@pytest.mark.parametrize("sweep", [reconciler.reconcile, None])
 def test_a_cancelled_job_of_a_worker_that_vanished_ends(submit: Callable[[], str], sweep: Any) -> None:
     gone, held = submit(), submit()
     take("a", lease=0.2)
@@ -192,7 +192,7 @@ def test_a_cancelled_job_of_a_worker_that_vanished_ends(submit: Callable[[], str
         assert jobs_call(jobs.request_cancel, job_id).state is JobState.QUEUED
     first = read(gone).cancel_requested_at
     time.sleep(0.3)
-    jobs_call(sweep) if sweep else jobs_call(jobs.request_cancel, gone)
+    sweep() if sweep else jobs_call(jobs.request_cancel, gone)
     assert (read(gone).state, read(gone).cancel_requested_at) == (JobState.CANCELLED, first)
     assert read(held).state is JobState.QUEUED, "its worker will hear of it"
 

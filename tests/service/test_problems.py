@@ -59,6 +59,7 @@ def test_a_large_body_is_parsed_for_those_who_may_send_it_only(
     answer = send(client, "PUT" if "table" in path else "POST", path, receive, key)
     assert answer["status"] == status
     assert taken == (9 if status == 413 else 12)
+    assert ("of this size needs an API key" in answer["detail"]) is (status == 401), "parsed before it was refused"
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from latency_profiler.client import Client
 from latency_profiler.errors import ServiceError
 from service import broker, demo
 from service.children import Child
+from service.settings import get_settings
 from service.up import SOCKET_PATH, Up, UpError, find_broker, locked
 
 REDIS = os.environ.get("SECATEURS_TEST_REDIS", "redis://127.0.0.1:6379/9")
@@ -175,6 +176,15 @@ def test_a_bell_that_nobody_hears_holds_nobody_up(tmp_path: Path) -> None:
     answers, seconds = done.stdout.splitlines()
     assert answers == "[False, False, False]"
     assert float(seconds) < 4, "it was six seconds for every bell but the first"
+
+
+def test_bells_cannot_be_counted_where_no_broker_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEURS_BROKER_URL", f"redis://127.0.0.1:{free_port()}/0")
+    get_settings.cache_clear()
+    monkeypatch.setattr(broker, "app", broker.make_app())
+    assert broker.unheard() == 0
+    monkeypatch.undo()
+    get_settings.cache_clear()
 
 
 def test_bells_that_ring_at_the_same_time_all_ring_and_a_silent_broker_holds_one_thread(

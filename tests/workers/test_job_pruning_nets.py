@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from latency_profiler.errors import InvalidDataset
 from latency_profiler.spaces.registry import get_space
@@ -161,6 +163,11 @@ def test_a_job_waits_while_another_one_trains_its_pruning_net(world: None) -> No
 def test_a_job_whose_images_change_ends_with_that_reason(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, load = submit(flops_bound(0.4)), images.load
     context = Context(take(job_id), get_settings(), Console())
+    while read(job_id).state is not JobState.TRAINING:
+        advance(context, read(job_id))
+    with monkeypatch.context() as away, pytest.raises(PoolTimeout):
+        away.setattr(jobs, "note", Mock(side_effect=PoolTimeout))
+        advance(context, read(job_id))
     while read(job_id).state is not JobState.SEARCHING:
         advance(context, read(job_id))
     assert (read(job_id).environment or {})["images"] == context.loaded.digest

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from latency_profiler.spaces.space import CHOICES, IMAGE
 from latency_profiler.tensors import network_inputs
 from tests.profiler.test_graphs import onnx_result
 from workers import networks
-from workers.networks import LARGE_MAP, PlainNetwork, activate, convolve, folded_weights, run
+from workers.networks import LARGE_MAP, ONEDNN_BLOCK, PlainNetwork, activate, convolve, folded_weights, run
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
@@ -171,7 +172,7 @@ def test_layers_are_decayed_as_in_the_authors_code(name: str, without: set[str])
     assert not any(id(linear.weight) in others for linear in network.linears.values())
 
 
-def test_a_pointwise_convolution_with_a_stride_is_a_matrix_product_on_large_maps_too(
+def test_a_pointwise_convolution_of_few_channels_with_a_stride_is_a_matrix_product_on_large_maps_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """oneDNN's gradient of such weights writes beyond a buffer, and may end the process."""
@@ -185,3 +186,5 @@ def test_a_pointwise_convolution_with_a_stride_is_a_matrix_product_on_large_maps
 
     monkeypatch.setattr(functional, "conv2d", refuse)
     torch.testing.assert_close(convolve(layer, x, weight), wanted)
+    with pytest.raises(AssertionError):
+        convolve(replace(layer, c_in=ONEDNN_BLOCK), x, weight)
