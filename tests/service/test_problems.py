@@ -64,10 +64,13 @@ def test_a_large_body_is_parsed_for_those_who_may_send_it_only(
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "BODY_SECONDS", 0.2)
+    taken = 0
 
     async def receive() -> dict[str, Any]:
+        nonlocal taken
+        taken += 1
         await anyio.sleep(0.05)
-        return {"type": "http.request", "body": b" ", "more_body": True}
+        return {"type": "http.request", "body": b" ", "more_body": taken < 40}
 
     assert send(client, "POST", "/v1/jobs", receive)["status"] == 408
 
