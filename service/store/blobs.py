@@ -30,12 +30,19 @@ def sweep(session: Session) -> int:
     """
     removed, long_ago = 0, clock(session) - STALE_SECONDS
     for folder in get_settings().blobs.glob("*"):
-        with suppress(OSError):
-            old = {path.name: path for path in folder.glob("*") if path.is_file() and path.stat().st_mtime < long_ago}
-            for name in old.keys() - set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(old)))):
+        old = {path.name: path for path in folder.glob("*") if _is_older(path, long_ago)}
+        for name in old.keys() - set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(old)))):
+            with suppress(OSError):
                 old[name].unlink()
                 removed += 1
     return removed
+
+
+def _is_older(path: Path, moment: float) -> bool:
+    """Whether it is a file that was written before a moment; one that has gone is not."""
+    with suppress(OSError):
+        return path.is_file() and path.stat().st_mtime < moment
+    return False
 
 
 def discard(session: Session, sha256: str | None) -> str | None:

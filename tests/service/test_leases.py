@@ -231,15 +231,31 @@ def test_as_many_bells_lie_in_the_queue_as_jobs_wait(submit: Callable[[], str]) 
         assert reconciler.reconcile() == broker.unheard() == 2
 
 
-def test_files_that_nobody_has_registered_go_after_a_day(submit: Callable[[], str]) -> None:
+def test_files_that_nobody_has_registered_go_after_a_day(
+    submit: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders, and what another user owns, stay and hinder nothing."""
     submit()
-    kept, lost, young = (keep_file(content) for content in (b"kept", b"lost", b"young"))
+    kept, lost, foreign, young = map(keep_file, (b"kept", b"lost", b"foreign", b"young"))
     jobs_call(blobs.register, kept.name)
-    (lost.parent / "folder").mkdir(exist_ok=True)
-    for path in (kept, lost, lost.parent / "folder"):
+    beside = [lost.parent / name for name in ("a", "b", "c")]
+    for path in beside:
+        path.mkdir(exist_ok=True)
+    for path in (kept, lost, foreign, *beside):
         os.utime(path, (0, time.time() - 2 * STALE_SECONDS))
-    assert jobs_call(blobs.sweep) >= 1
-    assert [path.exists() for path in (kept, lost, young)] == [True, False, True]
+    unlink, asked = Path.unlink, list[Path]()
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        asked.append(path)
+        if path != lost:
+            raise PermissionError(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    assert jobs_call(blobs.sweep) == 1
+    assert {lost, foreign} <= set(asked)
+    assert not {kept, young, *beside} & set(asked)
+    assert not lost.exists()
 
 
 def test_two_may_register_the_same_file_at_once(submit: Callable[[], str]) -> None:
