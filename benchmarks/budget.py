@@ -22,7 +22,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from jobs import RESULTS, run, service, write
+from jobs import RESULTS, measured_with, run, service, write
 
 from latency_profiler.client import Client
 from latency_profiler.lookup_table import LatencyTable
@@ -123,6 +123,7 @@ def _judged(space: Space, device: str, runtime: str, jobs: list[Json]) -> list[J
     for job in jobs:
         most_ms = job["spec"]["constraints"][0]["max_ms"]
         line = {"name": "budget", "device": device, "max_ms": most_ms, "state": job["state"], "error": job["error"]}
+        line["measured_with"] = measured_with()
         if job["id"] in taken:
             winner = job["result"]["winner"]
             line |= {

@@ -38,18 +38,19 @@ def run(client: Client, requests: Sequence[Json]) -> list[Json]:
 
 def kept(job: Json) -> Json:
     """What a result file says of a job."""
-    return {name: job[name] for name in KEPT}
+    return {name: job[name] for name in KEPT} | {"measured_with": measured_with()}
 
 
 def write(name: str, content: Json) -> Path:
     """A result file, with what its last line was measured with, and when."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content | _measured_with(), indent=1) + "\n")
+    path.write_text(json.dumps(content | measured_with(), indent=1) + "\n")
     return path
 
 
-def _measured_with() -> Json:
+def measured_with() -> Json:
+    """Machine, date and versions; files whose parts can be of several machines have it in each part."""
     found = {"machine": cpu(), "python": platform.python_version(), "at": time.strftime("%Y-%m-%d")}
     for package in ("torch", "onnxruntime"):
         with suppress(PackageNotFoundError):

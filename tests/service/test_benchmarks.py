@@ -14,3 +14,9 @@ def test_a_result_file_says_what_it_was_measured_with_and_when(monkeypatch: pyte
     kept = json.loads(jobs.write("gain", {"seeds": {}}).read_text())
     assert set(kept) >= {"seeds", "machine", "python", "at"}
     assert (kept["torch"], kept["onnxruntime"]) == (version("torch"), version("onnxruntime"))
+
+
+def test_each_job_of_a_file_says_it_too() -> None:
+    job = dict.fromkeys(jobs.KEPT) | {"progress": {}}
+    assert jobs.kept(job) == dict.fromkeys(jobs.KEPT) | {"measured_with": jobs.measured_with()}
+    assert set(jobs.measured_with()) >= {"machine", "python", "at", "torch", "onnxruntime"}
