@@ -204,60 +204,62 @@ PLAIN = {"label_smoothing": 0.0, "augment": False}
 """In a few epochs a network near a tight budget fits not even the images as they are: +5 points on CIFAR-10."""
 FAST = {"learning_rate": 0.3, "warm_up": 0.05}
 """Without the warm-up 2 of 24 networks near an eighth of MobileNetV1 stayed at chance."""
+SEARCH = {"rank_by": "loss", "mutation_probability": 0.2, "repair": True, "screening": 4}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "training": {"epochs": 1, "batch_size": 128, "band": (0.5, 2.0), "validation_images": 200, **STEADY},
-        "search": {"generations": 2, "population": 8, "parents": 4, "recalibration_images": 128},
-        "retraining": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "top": 1, **CLIPPED},
+        "search": {
+            "generations": 2, "population": 8, "parents": 4, "recalibration_images": 128, "classifier_images": 0,
+            "least_budget_share": 0.9, **SEARCH,
+        },
+        "retraining": {"epochs": 1, "batch_size": 128, "learning_rate": 0.1, "top": 1, "finalists": 1, **CLIPPED},
     },
     "quick": {
         "training": {"epochs": 24, "batch_size": 64, "band": (0.4, 2.5), "validation_images": 280, **STEADY},
-        "search": {"generations": 6, "population": 24, "parents": 8, "recalibration_images": 512},
-        "retraining": {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "top": 1, **CLIPPED},
+        "search": {
+            "generations": 6, "population": 24, "parents": 8, "recalibration_images": 512, "classifier_images": 0,
+            "least_budget_share": 0.95, **SEARCH,
+        },
+        "retraining": {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "top": 1, "finalists": 1, **CLIPPED},
     },
     "standard": {
         "training": {"epochs": 12, "batch_size": 128, "band": (0.6, 1.4), "validation_images": 5000, **STEADY, **PLAIN},
-        "search": {"generations": 6, "population": 40, "parents": 10, "recalibration_images": 1000},
-        "retraining": {"epochs": 8, "batch_size": 64, "top": 1, **FAST, **CLIPPED, **PLAIN},
+        "search": {
+            "generations": 6, "population": 40, "parents": 10, "recalibration_images": 1000, "classifier_images": 5000,
+            "least_budget_share": 0.97, **SEARCH,
+        },
+        "retraining": {"epochs": 8, "batch_size": 64, "top": 1, "finalists": 8, **FAST, **CLIPPED, **PLAIN},
     },
     "paper": {
         "training": {"epochs": 64, "batch_size": 512, "learning_rate": 0.25, "validation_images": 50_000, **SGD},
-        "search": {"generations": 20, "population": 50, "parents": 10, "recalibration_images": 20_000},
-        "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, **SGD},
+        "search": {
+            "generations": 20, "population": 50, "parents": 10, "recalibration_images": 20_000, "classifier_images": 0,
+            "least_budget_share": 0.0, "rank_by": "accuracy", "mutation_probability": 0.1, "repair": False,
+            "screening": 1,
+        },
+        "retraining": {"epochs": 256, "batch_size": 1024, "learning_rate": 0.5, "top": 1, "finalists": 1, **SGD},
     },
 }  # fmt: skip
-"""`paper` is MetaPruning's published schedule for MobileNetV1; `resolve` corrects what differs for the others.
+"""`paper` is MetaPruning's published schedule for MobileNetV1, and `PUBLISHED` what differs for the others.
 
 Not as published are the augmentation (shifts and mirrors, not resized crops and changes of light) and the attempts: up
-to 100 litters of mutants and of children instead of 10, unless 20 in a row bear nothing, and bounded random draws.
+to 100 litters of mutants and of children instead of 10, unless 20 in a row bear nothing, and bounded random draws. One
+finalist is to take the PruningNet's word.
 """
-FINALISTS = {"smoke": 1, "quick": 1, "standard": 8, "paper": 1}
-"""Of a search for one structure; 1 is to take the PruningNet's word."""
-TRIAL_SHARE = 3 / 8
-"""Epochs of a finalist's training beside those of a winner's, where the request names no number."""
-MEMBERS = 3
-"""So many structures of a front are trained from scratch where the request names no number."""
-CLASSIFIER_IMAGES = {"smoke": 0, "quick": 0, "standard": 5000, "paper": 0}
-LEAST_BUDGET_SHARE = {"smoke": 0.9, "quick": 0.95, "standard": 0.97, "paper": 0.0}
+STEPS = {"schedule": "steps", "weight_decay": 1e-4}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "mobilenet_v2": {"training": {"weight_decay": 0.0}},
     "resnet50": {
-        "training": {
-            "epochs": 32,
-            "batch_size": 256,
-            "learning_rate": 0.1,
-            "schedule": "steps",
-            "weight_decay": 1e-4,
-        },
-        "retraining": {
-            "epochs": 128,
-            "batch_size": 512,
-            "learning_rate": 0.2,
-            "schedule": "steps",
-            "weight_decay": 1e-4,
-        },
+        "training": {"epochs": 32, "batch_size": 256, "learning_rate": 0.1, **STEPS},
+        "retraining": {"epochs": 128, "batch_size": 512, "learning_rate": 0.2, **STEPS},
     },
 }
+FRONT: dict[str, dict[str, Any]] = {
+    "search": {"least_budget_share": 0.0}, "retraining": {"top": 3, "finalists": 1},
+}  # fmt: skip
+"""A front has members of all costs, some of which are trained from scratch."""
+TRIAL_SHARE = 3 / 8
+"""Epochs of a finalist's training beside those of a winner's, where the request names no number."""
 
 
 def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
@@ -266,25 +268,7 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
     Args:
         native_image_size: the dataset's, used where the request names none.
     """
-    paper = request.effort == "paper"
-    filled: dict[str, Any] = {}
-    for part in ("training", "search", "retraining"):
-        preset = dict(PRESETS[request.effort][part])
-        if part == "search":
-            preset |= {"mutation_probability": 0.1 if paper else 0.2, "rank_by": "accuracy" if paper else "loss"}
-            preset["least_budget_share"] = LEAST_BUDGET_SHARE[request.effort] if request.objective == "best" else 0.0
-            preset |= {"repair": not paper, "screening": 1 if paper else 4}
-            preset["classifier_images"] = CLASSIFIER_IMAGES[request.effort]
-        if part == "retraining" and request.objective == "front":
-            preset["top"] = MEMBERS
-        if paper:
-            preset |= PUBLISHED.get(request.space, {}).get(part, {})
-        if part == "retraining":
-            epochs = request.retraining.epochs or preset["epochs"]
-            finalists = FINALISTS[request.effort] if request.objective == "best" else 1
-            preset |= {"finalists": finalists, "trial_epochs": max(1, int(TRIAL_SHARE * epochs))}
-        given = {name: value for name, value in getattr(request, part).model_dump().items() if value is not None}
-        filled[part] = type(getattr(request, part)).model_validate(preset | given)
+    filled: dict[str, Any] = {part: _filled(request, part) for part in ("training", "search", "retraining")}
     epochs = request.fidelity.epochs or filled["retraining"].epochs
     filled["fidelity"] = request.fidelity.model_copy(update={"epochs": epochs})
     if filled["search"].seed is None:
@@ -297,8 +281,22 @@ def resolve(request: JobRequest, native_image_size: int) -> JobRequest:
         untrained = not (request.interspace.from_dense or request.start)
         filled["interspace"] = request.interspace.model_copy(update={"lottery_rewinds": untrained})
     filled["image_size"] = request.image_size or native_image_size
-    filled["last_layer"] = request.last_layer or ("fixed" if paper else "free")
+    filled["last_layer"] = request.last_layer or ("fixed" if request.effort == "paper" else "free")
     return request.model_copy(update=filled)
+
+
+def _filled(request: JobRequest, part: str) -> Any:
+    """A part of the request, with the preset's values where it gives none."""
+    named = getattr(request, part)
+    fields = dict(PRESETS[request.effort][part])
+    if request.effort == "paper":
+        fields |= PUBLISHED.get(request.space, {}).get(part, {})
+    if request.objective == "front":
+        fields |= FRONT.get(part, {})
+    fields |= named.model_dump(exclude_none=True)
+    if part == "retraining":
+        fields = {"trial_epochs": max(1, int(TRIAL_SHARE * fields["epochs"]))} | fields
+    return type(named).model_validate(fields)
 
 
 def _descent(given: ScratchSpec, other: ScratchSpec) -> ScratchSpec:
