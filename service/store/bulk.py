@@ -1,6 +1,7 @@
 """Rows in bulk, on either database."""
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from sqlalchemy import ARRAY, Table, cast, func, select
@@ -22,17 +23,24 @@ def upsert(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) 
         session.execute(_taking(_insert(session, model), model, list(rows[0])), rows)
 
 
-def upsert_columns(session: Session, model: type[Base], columns: Mapping[str, Sequence[Any]]) -> None:
-    """`upsert` of thousands of rows, given by columns of one length: a driver's own way to take them is faster."""
-    names, statement, connection = list(columns), _insert(session, model), session.connection()
+def upsert_columns(
+    session: Session, model: type[Base], columns: Mapping[str, Sequence[Any]], common: Mapping[str, Any]
+) -> None:
+    """`upsert` of thousands of rows, given by columns of one length and the values that all of them have.
+
+    A driver's own way to take them is faster than rows are.
+    """
+    names, statement, connection = [*common, *columns], _insert(session, model), session.connection()
     if connection.dialect.name == "sqlite":
         sql = _taking(statement, model, names).compile(connection.engine, column_keys=names)
-        rows = zip(*(columns[name] for name in sql.positiontup or ()), strict=True)
-        connection.exec_driver_sql(str(sql), list(rows))
+        count = len(next(iter(columns.values())))
+        whole = {name: repeat(value, count) for name, value in common.items()} | dict(columns)
+        connection.exec_driver_sql(str(sql), list(zip(*(whole[name] for name in sql.positiontup or ()), strict=True)))
         return
-    types = {name: ARRAY(model.__table__.c[name].type) for name in names}
-    arrays = [func.unnest(cast(list(values), types[name])) for name, values in columns.items()]
-    session.execute(_taking(statement.from_select(names, select(*arrays)), model, names))
+    types = {name: model.__table__.c[name].type for name in names}
+    given = [cast(value, types[name]) for name, value in common.items()]
+    arrays = [func.unnest(cast(list(values), ARRAY(types[name]))) for name, values in columns.items()]
+    session.execute(_taking(statement.from_select(names, select(*given, *arrays)), model, names))
 
 
 def _taking(

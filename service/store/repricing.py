@@ -113,7 +113,8 @@ class Walk:
         chunk, more = self._next(session) if self._prices else ([], False)
         if chunk:
             self._done, self._left = self._done + len(chunk), self._left - len(chunk)
-            upsert_columns(session, StructureLatency, self._priced(chunk))
+            common = {"device_id": self._due.device_id, "prices": self._digest}
+            upsert_columns(session, StructureLatency, self._priced(chunk), common)
         row = {
             "device_id": self._due.device_id, "space_key": self._due.space_key, "source": self._due.source,
             "prices": self._digest, "structures": self._done,
@@ -165,8 +166,7 @@ class Walk:
         priced = np.flatnonzero(~np.isnan(seconds[Statistic.P50])).tolist()
         columns = {name: values[priced].tolist() for name, values in seconds.items()}
         return {
-            "structure_id": [ids[i] for i in priced], "device_id": [self._due.device_id] * len(priced),
-            "prices": [self._digest] * len(priced), "seconds": columns[Statistic.P50],
+            "structure_id": [ids[i] for i in priced], "seconds": columns[Statistic.P50],
             "p90": columns.get(Statistic.P90, [None] * len(priced)),
         }  # fmt: skip
 
