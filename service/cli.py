@@ -60,7 +60,8 @@ def run(arguments: list[str] | None = None) -> int:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "secateurs"
-        message = error.format_message()  # empty where the help has been shown instead
+        # Empty where the help has been shown instead; the words before a list of choices are pydantic's.
+        message = error.format_message().replace(" Value error,", "")
         return _fail(f"{message} (see {where} --help)", error.exit_code) if message else error.exit_code
     except InvalidInput as error:
         return _fail(str(error), 2)

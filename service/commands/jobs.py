@@ -3,7 +3,7 @@
 import json
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -41,6 +41,7 @@ WANTED = {
     "constraints": "give --max-flops, --max-parameters or --device with --max-ms",
 }
 """What no job goes without."""
+METHODS = f"<{'|'.join(get_args(Method))}>"
 
 
 def submit(
@@ -68,7 +69,9 @@ def submit(
     strategy: Annotated[Strategy | None, typer.Option(help="How the search goes; random to compare with.")] = None,
     baselines: Annotated[bool | None, typer.Option(help="Also train the uniform network at the budget.")] = None,
     method: Annotated[Method | None, typer.Option(help="How the network is made smaller.")] = None,
-    compare_with: Annotated[list[str] | None, typer.Option(help="A further method under the same budget.")] = None,
+    compare_with: Annotated[
+        list[str] | None, typer.Option(metavar=METHODS, help="A further method under the same budget.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Job whose winner pruning methods begin with.")] = None,
     name: Annotated[str | None, typer.Option(help="A name of your own.")] = None,
     file: Annotated[Path | None, typer.Option(help="The job as JSON (- is standard input); options win.")] = None,

@@ -125,7 +125,7 @@ def test_price_with_a_table_adds_latency_and_shares(call: Any, tmp_path: Path) -
         (["submit", "x", "--max-flops", "1M", "--key", "k"], 2, "--dataset"),
         (["submit", "x", "--dataset", "d", "--key", "k"], 2, "--max-flops, --max-parameters or --device with --max-ms"),
         (["submit", "x", "--method", "y"], 2, "'y' is not one of 'metapruning', 'collaborative'"),
-        (["submit", "x", "--effort", "y"], 2, "'y' is not one of 'smoke', 'quick'"),
+        (["submit", "x", "--effort", "y"], 2, "for '--effort': 'y' is not one of 'smoke', 'quick'"),
         (["submit", "x", "--strategy", "y"], 2, "'y' is not one of 'evolution', 'random'"),
         (["devices", "import", "d", "table.csv", "--key", "k"], 2, "import the JSON"),
         (["agent", "--device", "d", "--server", "http://127.0.0.1:1"], 2, "SECATEURS_TOKEN"),
