@@ -44,6 +44,7 @@ def main() -> None:
         jobs = run(client, requests)
         nets = [client.pruning_net(job["result"]["pruning_net"]) for job in jobs if job["result"]]
     name = f"fidelity_{options.space}_{options.dataset}_{options.max_flops}_seed{options.seed}"
+    name += f"_epochs{options.epochs}" if options.epochs else ""
     write(name, {"jobs": [kept(job) for job in jobs], "pruning_nets": nets})
     print(json.dumps([variant for net in nets for variant in net["fidelity"]], indent=1))
 
