@@ -48,6 +48,7 @@ class Family:
         self._classes: dict[tuple[bool, bool], Family] = {}
         self._pairs: dict[int, list[Cell]] = {}
         self._outputs: dict[Cell, list[int]] = {}
+        self._all_outputs: list[int] | None = None
 
     def add(self, point: Cell, seconds: float) -> None:
         """Take a measured point; a second measurement of one replaces the first."""
@@ -132,8 +133,11 @@ class Family:
     def _cell(self, c_in: int, c_out: int) -> tuple[Cell, Cell] | None:
         """The smallest cell around a point whose four corners were measured, as its inputs and its outputs."""
         found, least = None, math.inf
+        if (any_inputs := _bracket(self._every_output(), c_out)) is None:
+            return None
+        narrowest = any_inputs[1] - any_inputs[0] + 1
         for a, b in self._sides(c_in):
-            if b - a + 1 >= least:
+            if (b - a + 1) * narrowest >= least:
                 break
             side = _bracket(self._common(a, b), c_out)
             if side and (area := (b - a + 1) * (side[1] - side[0] + 1)) < least:
@@ -147,6 +151,12 @@ class Family:
             above = heapq.nsmallest(NEAREST, (i for i in self._rows if i >= c_in))
             self._pairs[c_in] = sorted(product(below, above), key=lambda pair: (pair[1] - pair[0], pair))
         return self._pairs[c_in]
+
+    def _every_output(self) -> list[int]:
+        """Outputs that were measured with any input, sorted."""
+        if self._all_outputs is None:
+            self._all_outputs = sorted(set().union(*self._rows.values()))
+        return self._all_outputs
 
     def _common(self, a: int, b: int) -> list[int]:
         """Outputs that were measured with both inputs, sorted."""

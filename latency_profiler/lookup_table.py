@@ -152,10 +152,11 @@ class LatencyTable:
             MissingLatencies: with every layer that is missing.
         """
         layers = space.layers(channels)
-        if missing := self.missing(layers):
-            raise MissingLatencies(missing)
+        try:
+            alone = [self.layer(layer) for layer in layers]
+        except MissingLatencies as error:
+            raise MissingLatencies(self.missing(layers)) from error
         fit = self.fits.get(space.key, PLAIN)
-        alone = map(self.layer, layers)
         prices = tuple(replace(price, seconds=fit.in_network(price.layer, price.seconds)) for price in alone)
         total = fit.overhead
         for price in prices:

@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Settings are read while modules are imported (the broker's), so no test may find the user's own folder.
 os.environ["SECATEURS_HOME"] = tempfile.mkdtemp(prefix="secateurs-tests-")
 for name in ("SECATEURS_DATABASE_URL", "SECATEURS_BROKER_URL", "SECATEURS_DATA_ROOT"):
     os.environ.pop(name, None)
+
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
+"""The same examples in every run; `--hypothesis-profile=default` draws others."""
 
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, make_url, text

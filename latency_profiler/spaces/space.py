@@ -11,7 +11,7 @@ authors' model files; the integer form equals their float truncation on every pu
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -86,10 +86,14 @@ class Unit:
 
     def layer(self, channels: Sequence[int]) -> Layer:
         """The layer of one structure."""
+        return self.at(self.source.width(channels), self.target.width(channels))
+
+    def at(self, source: int, target: int) -> Layer:
+        """The layer between slots of these widths; of a tied one the first counts."""
         return Layer(
             op=self.op,
-            c_in=self.source.width(channels) * self.features,
-            c_out=self.target.width(channels),
+            c_in=source * self.features,
+            c_out=source if self.tied else target,
             size=self.size,
             kernel=self.kernel,
             stride=self.stride,
@@ -98,11 +102,6 @@ class Unit:
             norm=self.norm,
             residual=self.shortcut is not None,
         )
-
-    def at(self, source: int, target: int) -> Layer:
-        """The layer between slots of these widths."""
-        there = Slot("", source, None)
-        return replace(self, source=there, target=there if self.tied else Slot("", target, None)).layer(())
 
     @property
     def tied(self) -> bool:

@@ -176,8 +176,8 @@ def test_what_a_job_waits_for_goes_before_what_was_asked_for_earlier(database: s
     lease(limit=0)
     with transaction() as session:
         measurements.request_for_job(session, devices.get(session, "bench"), SPACE_ARGUMENTS)
-    works = lease().works
-    mine = [item for item in works if item.key in layer_keys(10) or item.key.startswith(SPACE.key + "|")]
+    works, layers = lease().works, layer_keys(10)
+    mine = [item for item in works if item.key in layers or item.key.startswith(SPACE.key + "|")]
     assert works[: len(mine)] == mine
     assert [item.kind for item in mine[-CALIBRATION:]] == [WorkKind.NETWORK] * CALIBRATION, "its networks, too"
 

@@ -2,7 +2,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from latency_profiler.cost import Constraint, Metric, flops, layer_flops, parameters
@@ -153,6 +153,7 @@ def test_slopes_of_flops_are_their_derivatives() -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.7, 0.5, 0.3]), st.sampled_from([Metric.FLOPS, Metric.LATENCY]))
+@example(1, 0.7, Metric.LATENCY)  # widths in multiples of 16 are wider on the mean, and a slot of 29 had 16 then
 def test_the_global_problem_settles_on_the_budget_and_predicts_less_loss(
     seed: int, share: float, metric: Metric
 ) -> None:  # fmt: skip

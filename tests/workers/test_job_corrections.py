@@ -27,6 +27,9 @@ from workers.steps.advance import advance
 from workers.steps.context import Context
 from workers.steps.measuring import BudgetBroken, corrected
 
+pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+"""What is decided here asks no database in a way of its own; lives of jobs are tried on both."""
+
 
 def test_a_former_jobs_winner_is_the_one_of_its_result(world: None) -> None:
     bench = Bench(lambda purpose: 1.15 if purpose.startswith("verify") and purpose.endswith("-0") else 1.0)

@@ -21,6 +21,9 @@ from tests.workers.whole_jobs import (
 from workers.datasets import Data
 from workers.training import ScratchTrainer
 
+pytestmark = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+"""What is decided here asks no database in a way of its own; lives of jobs are tried on both."""
+
 
 @pytest.mark.parametrize(("slow", "top"), [(4, 2), (6, 1)])
 def test_where_few_finalists_hold_the_budget_they_win(world: None, slow: int, top: int) -> None:

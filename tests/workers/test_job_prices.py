@@ -19,6 +19,9 @@ from tests.workers.whole_jobs import FACTS, SHORT, SPACE, Bench, Console, latenc
 from workers.steps.advance import advance
 from workers.steps.context import Context
 
+pytestmark = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+"""What is decided here asks no database in a way of its own; lives of jobs are tried on both."""
+
 
 def test_a_latency_job_fills_the_table_first_and_its_winner_is_measured(world: None) -> None:
     bench = Bench()

@@ -24,6 +24,9 @@ from tests.workers.whole_jobs import (
 from workers.steps.advance import advance
 from workers.steps.context import Context
 
+pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+"""What is decided here asks no database in a way of its own; lives of jobs are tried on both."""
+
 
 def test_a_broken_budget_waits_for_no_other_device(world: None) -> None:
     bench, other = Bench(lambda purpose: 1.3 if purpose.startswith("verify") else 1.0), Bench(name="other")

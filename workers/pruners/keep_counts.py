@@ -112,13 +112,16 @@ class Widths:
         return low
 
     def _scaled(self, proportions: Floats, most: float) -> tuple[Ints, float]:
-        """The widest network (s,) within the milliseconds that is rounded from proportions (s,), and its factor."""
+        """The network (s,) within the milliseconds that falls least short of proportions (s,), and its factor.
+
+        The mean square counts, so that no slot pays for others that are rounded to more than their proportion.
+        """
         tried = [(most * i / FACTORS, multiple) for i in range(FACTORS, 0, -1) for multiple in self._multiples]
         networks = np.array([self.at(factor * proportions, multiple) for factor, multiple in tried])
-        reached = np.log(networks / proportions).mean(1)
-        reached[self.budget.shares(networks) > 1] = -np.inf
-        at = int(reached.argmax())
-        return (networks[at], tried[at][0]) if np.isfinite(reached[at]) else (self._least, 0.0)
+        short = np.square(proportions / networks).mean(1)
+        short[self.budget.shares(networks) > 1] = np.inf
+        at = int(short.argmin())
+        return (networks[at], tried[at][0]) if np.isfinite(short[at]) else (self._least, 0.0)
 
     def _fast(self) -> Ints:
         """The smallest widths (s,), or where others may be faster the fastest that changing slot after slot finds."""
