@@ -22,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from jobs import RESULTS, measured_with, write
+from jobs import RESULTS, write
 
 from latency_profiler.calibration import (
     FITTED,
@@ -96,7 +96,7 @@ def main() -> None:
         if options.only not in case.name:
             continue
         if case.name not in lines:
-            lines[case.name] = measure(case) | {"measured_with": measured_with()}
+            lines[case.name] = measure(case)
             write("latency", {"lines": lines})
         print(json.dumps(lines[case.name]), flush=True)
 

@@ -82,7 +82,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a migrated, empty database, which is the one of the settings; each test runs on both kinds."""
+    """URL of a migrated, empty database, which is the one of the settings; of both kinds, unless a file names one."""
     if request.param == "sqlite":
         shutil.copy(request.getfixturevalue("sqlite_template"), home / "secateurs.db")
         return get_settings().database
