@@ -89,11 +89,11 @@ class Unit:
         return self.at(self.source.width(channels), self.target.width(channels))
 
     def at(self, source: int, target: int) -> Layer:
-        """The layer between slots of these widths; of a tied one the first counts."""
+        """The layer between slots of these widths, which are equal where it is tied."""
         return Layer(
             op=self.op,
             c_in=source * self.features,
-            c_out=source if self.tied else target,
+            c_out=target,
             size=self.size,
             kernel=self.kernel,
             stride=self.stride,

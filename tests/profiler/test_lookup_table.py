@@ -139,6 +139,19 @@ def test_the_smallest_cell_around_a_layer_counts() -> None:
     assert family.interpolate(12, 12) == pytest.approx((8**2 + 16**2) / 2 * 12)
 
 
+def test_a_cell_of_nearer_inputs_may_be_larger_than_one_of_others() -> None:
+    family = Family()
+    for c_in, c_out in [*product((4, 6), (2, 8)), *product((3, 8), (4, 6))]:  # 3 x 7 and 6 x 3 widths
+        family.add((c_in, c_out), 1.0 if c_in in (4, 6) else 2.0)
+    assert family.interpolate(5, 5) == 2.0
+    family.add((4, 4), 1.0)
+    family.add((6, 4), 1.0)
+    family.add((4, 6), 1.0)
+    family.add((6, 6), 1.0)
+    assert family.interpolate(5, 5) == 1.0
+    assert family.interpolate(5, 9) is None
+
+
 def test_noise_is_no_alignment() -> None:
     rng = np.random.default_rng(0)
     points = {(i, o): (50 + i + o) * float(rng.normal(1, 0.03)) for i in range(25, 257, 21) for o in range(24, 257, 8)}

@@ -16,7 +16,7 @@ from service import reconciler
 from service.specs import JobRequest
 from service.store import agents, candidates, datasets, devices, exchange, jobs, measurements, repricing
 from service.store.candidates import Judged
-from service.store.models import Device, StructureLatency
+from service.store.models import Device, Pricing, StructureLatency
 from service.store.session import snapshot, transaction
 
 SPACE = get_space("resnet20", 8, 1.0, 10, free_last=True)
@@ -121,6 +121,10 @@ def test_a_jobs_own_prediction_stands_until_the_table_is_asked(database: str) ->
     assert latencies(device_id) == {structure_id: 7.0}
     reprice()
     assert latencies(device_id) == expected(table(), 1)
+    with snapshot() as session:
+        walked = session.scalars(select(Pricing.prices)).one()
+        assert session.scalars(select(StructureLatency.prices)).all() == [walked]
+        assert walked is not None
 
 
 def test_a_table_that_lacks_layers_prices_nothing_and_keeps_what_was(database: str, client: TestClient) -> None:
