@@ -149,7 +149,10 @@ def test_a_cell_of_nearer_inputs_may_be_larger_than_one_of_others() -> None:
     family.add((4, 6), 1.0)
     family.add((6, 6), 1.0)
     assert family.interpolate(5, 5) == 1.0
-    assert family.interpolate(5, 9) is None
+    assert family.interpolate(5, 10) is None
+    family.add((4, 12), 1.0)
+    family.add((6, 12), 1.0)
+    assert family.interpolate(5, 10) == 1.0
 
 
 def test_noise_is_no_alignment() -> None:
