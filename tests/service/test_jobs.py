@@ -66,6 +66,17 @@ def test_the_papers_effort_searches_as_published(client: TestClient) -> None:
     assert search | published == search
 
 
+@pytest.mark.parametrize(
+    ("effort", "share", "classifier_images"),
+    [("smoke", 0.9, 0), ("quick", 0.95, 0), ("standard", 0.97, 5000), ("paper", 0.0, 0)],
+)
+def test_each_effort_uses_its_share_of_the_budget(
+    client: TestClient, effort: str, share: float, classifier_images: int
+) -> None:
+    search = submit(client, effort=effort).json()["spec"]["search"]
+    assert (search["least_budget_share"], search["classifier_images"]) == (share, classifier_images)
+
+
 def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -> None:
     spec = submit(client, objective="front").json()["spec"]
     assert (spec["search"]["least_budget_share"], spec["retraining"]["top"]) == (0.0, 3)
