@@ -1,6 +1,7 @@
 """A plain torch network of a structure, derived from the space's description."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.utils import skip_init
 
 from latency_profiler.layers import Activation, Layer, Node, Op
 from latency_profiler.spaces.space import IMAGE, WEIGHTED, Space
-from workers.norms import Norm
+from workers.norms import EXACT, Norm
 
 NORM_EPSILON = 1e-5
 LARGE_MAP = 16
@@ -20,6 +21,8 @@ LARGE_MAP = 16
 ONEDNN_BLOCK = 16
 """Channels that oneDNN computes at once: of fewer, the gradient of a strided 1x1 convolution destroys memory (its issue
 6035; seen with AVX2, whose blocks have 8)."""
+TINY_MAP = 2
+"""Side in pixels up to which a depthwise convolution is trained `_by_pairs` of pixels."""
 SMALL_MAP = 32
 """Side in pixels up to which the patches of a map fit in a GPU's memory with ease."""
 UNDECAYED = {"mobilenet_v2": "project", "resnet50": "shortcut"}
@@ -52,7 +55,8 @@ def convolve(
 
     oneDNN compiles a kernel for every new shape, which costs milliseconds, and a PruningNet has new widths in every
     step. So a 1x1 convolution of small maps is a matrix product over channels-last pixels; on large ones it pays. With
-    a stride and few channels it is one on those, too: oneDNN 3.12 writes its weights' gradient beyond a buffer.
+    a stride and few channels it is one on those, too: oneDNN 3.12 writes its weights' gradient beyond a buffer. And the
+    gradient of depthwise weights on a map of 2x2 takes it a hundred times as long as on one of 4x4 (without AVX-512).
 
     Args:
         varied: the next call has other widths; a GPU computes it `without_plans`.
@@ -62,8 +66,11 @@ def convolve(
     unsafe = layer.stride > 1 and layer.c_in < ONEDNN_BLOCK
     if layer.op is Op.CONV and layer.kernel == 1 and (layer.out_size < LARGE_MAP or unsafe):
         return _by_pixels(layer, x, weight, bias)
-    groups = layer.c_in if layer.op is Op.DEPTHWISE else 1
-    return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, groups)
+    depthwise = layer.op is Op.DEPTHWISE
+    trained = torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in EXACT
+    if depthwise and layer.size <= TINY_MAP and trained:
+        return _by_pairs(layer, x, weight, bias)
+    return functional.conv2d(x, weight, bias, layer.stride, layer.padding, 1, layer.c_in if depthwise else 1)
 
 
 def without_plans(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,6 +94,26 @@ def _by_pixels(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     # Of two dimensions: with four, torch folds or batches depending on who requires gradients, with other bits.
     out = functional.linear(pixels.reshape(-1, layer.c_in), weight.flatten(1), bias)
     return out.view(*pixels.shape[:3], layer.c_out).permute(0, 3, 1, 2)
+
+
+def _by_pairs(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution: every output pixel adds up all input pixels, each times the weight between those two."""
+    side, channels = layer.out_size, layer.c_in
+    between = _between(layer.size, side, layer.kernel, layer.stride, layer.padding).to(weight.dtype)
+    weights = (between @ weight.flatten(1).T).view(-1, side * side, channels)
+    out = (x.permute(0, 2, 3, 1).reshape(len(x), -1, 1, channels) * weights).sum(1)
+    if bias is not None:
+        out = out + bias
+    return out.view(-1, side, side, channels).permute(0, 3, 1, 2)
+
+
+@cache
+def _between(size: int, out_size: int, kernel: int, stride: int, padding: int) -> Tensor:
+    """Rows (size^2 * out_size^2, k*k), one a pair of an input and an output pixel: 1 for the weight between them."""
+    inputs, outputs = np.indices((size, size)).reshape(2, -1, 1), np.indices((out_size, out_size)).reshape(2, 1, -1)
+    y, x = (inputs - stride * outputs + padding).reshape(2, -1, 1)
+    weight_y, weight_x = np.indices((kernel, kernel)).reshape(2, -1)
+    return torch.from_numpy(((y == weight_y) & (x == weight_x)).astype(np.float64))
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

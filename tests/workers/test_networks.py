@@ -188,3 +188,32 @@ def test_a_pointwise_convolution_of_few_channels_with_a_stride_is_a_matrix_produ
     torch.testing.assert_close(convolve(layer, x, weight), wanted)
     with pytest.raises(AssertionError):
         convolve(replace(layer, c_in=ONEDNN_BLOCK), x, weight)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (2, 2)])
+def test_a_depthwise_convolution_of_a_tiny_map_is_the_convolution_and_its_gradients(
+    size: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(Op.DEPTHWISE, 5, 5, size, kernel=3, stride=stride, padding=1)
+    x, weight, bias = torch.randn(4, 5, size, size), torch.randn(5, 1, 3, 3), torch.randn(5)
+    inputs = [one.double().requires_grad_() for one in (x, weight, bias)]
+    wanted = functional.conv2d(*inputs, stride, 1, 1, 5)
+    direction = torch.randn_like(wanted)
+    of_wanted = torch.autograd.grad(wanted, inputs, direction)
+    with monkeypatch.context() as patched:
+        patched.setattr(functional, "conv2d", None)
+        found = convolve(layer, *inputs)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, direction), of_wanted)
+
+
+def test_only_training_computes_tiny_maps_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass alone is faster by oneDNN, and products in half precision would be added up in it."""
+    layer = Layer(Op.DEPTHWISE, 5, 5, 2, kernel=3, padding=1)
+    x, weight = torch.randn(4, 5, 2, 2), torch.randn(5, 1, 3, 3, requires_grad=True)
+    monkeypatch.setattr(networks, "_by_pairs", None)
+    convolve(layer, x.bfloat16(), weight.bfloat16())
+    with torch.inference_mode():
+        convolve(layer, x, weight)
+    with pytest.raises(TypeError):
+        convolve(layer, x, weight)
