@@ -118,14 +118,18 @@ class Budget:
                 return kept[:count]
         drawn = sample(
             self.tightness, *self._band, self.space.depths, count, rng,
-            mend=lambda genes: self._filled(genes, rng), least=self._floor, narrowest=self._narrowest,
+            mend=(lambda genes: self._filled(genes, rng)) if self._fills else None,
+            least=self._floor, narrowest=self._narrowest,
         )  # fmt: skip
         drawn = self._canonical(drawn)
         return drawn[self.feasible(drawn)] if len(drawn) else drawn
 
     def empty(self, seed: int) -> bool:
-        """Whether no feasible structure is found, drawn (a third as often as a search tries to) or enumerated."""
-        draws = (self.sample(DRAWN, numpy_generator(seed, "empty", at)) for at in range(ROUNDS))
+        """Whether no feasible structure is found, drawn (a third as often as a search tries to) or enumerated.
+
+        What is filled is narrowed into the budget, so that one draw of some hundred structures tells.
+        """
+        draws = (self.sample(DRAWN, numpy_generator(seed, "empty", at)) for at in range(1 if self._fills else ROUNDS))
         if any(map(len, draws)):
             return False
         enumerated = self._enumerated(DRAWN)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,7 +15,7 @@ from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
 from service.submission import check_feasible
 from workers.budget import Budget
-from workers.sampling import LEAST_WIDTH, least_choices, numpy_generator, sample
+from workers.sampling import LEAST_WIDTH, Genes, least_choices, numpy_generator, sample
 
 SPACE = get_space("mobilenet_v1", 32, 0.5, 10, free_last=True)
 FULL = flops(SPACE.layers(SPACE.channels(SPACE.largest)))
@@ -299,6 +300,35 @@ def test_bounds_that_no_structure_of_the_ladder_holds_together_are_searched_all_
     budget = Budget(SPACE, bounds, {"odd": table}, {}, fills=fills)
     assert budget.tightness(np.array(SPACE.ladder)).min() > 1
     assert len(budget.sample(4, numpy_generator(0, "joint"))) == 0
+
+
+def test_bounds_on_two_devices_that_contradict_each_other_are_answered_after_some_hundred_structures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On one device wide layers are slow, on the other narrow ones; structures were looked for for an hour."""
+    wide, filled = table_of(SPACE), list[int]()
+    narrow = LatencyTable(
+        "n", "f", {key: replace(one, seconds=1e-3 / one.layer.c_in) for key, one in wide.entries.items()}
+    )
+    tables = {"d": wide, "n": narrow}
+    least = {
+        name: table.price(SPACE, SPACE.channels(LatencyModel(table, SPACE).fastest)).seconds
+        for name, table in tables.items()
+    }
+
+    def within(times: float) -> Budget:
+        return Budget(
+            SPACE, [Constraint(Metric.LATENCY, times * least[name], device=name) for name in tables], tables, {}
+        )
+
+    def counted(self: Budget, genes: Genes, rng: np.random.Generator) -> Genes:
+        filled.append(len(genes))
+        return genes
+
+    assert not within(20).empty(0)
+    monkeypatch.setattr(Budget, "_filled", counted)
+    assert within(1.05).empty(0)
+    assert 300 < sum(filled) < 1000
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
