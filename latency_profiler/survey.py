@@ -20,7 +20,7 @@ class Slow:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Milliseconds per multiply-add over all measured layers of an operator; None where it has no multiply-adds."""
+    """Milliseconds per multiply-add of one image over all measured layers of an operator; None where it has none."""
 
     op: Op
     layers: int
@@ -46,8 +46,8 @@ class Survey:
     coverage: tuple[Covered, ...]
 
 
-def survey(table: LatencyTable) -> Survey:
-    """What a table shows."""
+def survey(table: LatencyTable, batch: int = 1) -> Survey:
+    """What a table shows; its seconds are those of so many images together."""
     entries = sorted(table.entries.values(), key=lambda entry: (-entry.seconds, entry.layer.key))
     operators, families = defaultdict[Op, list[Entry]](list), defaultdict[str, list[Entry]](list)
     for entry in entries:
@@ -55,13 +55,13 @@ def survey(table: LatencyTable) -> Survey:
         families[entry.layer.family].append(entry)
     return Survey(
         tuple(Slow(entry.layer.key, 1000 * entry.seconds) for entry in entries[:SLOWEST]),
-        tuple(_operator(op, found) for op, found in sorted(operators.items())),
+        tuple(_operator(op, found, batch) for op, found in sorted(operators.items())),
         tuple(_covered(family, found) for family, found in sorted(families.items())),
     )
 
 
-def _operator(op: Op, entries: list[Entry]) -> Operator:
-    counts = sum(layer_flops(entry.layer) for entry in entries)
+def _operator(op: Op, entries: list[Entry], batch: int) -> Operator:
+    counts = batch * sum(layer_flops(entry.layer) for entry in entries)
     seconds = sum(entry.seconds for entry in entries)
     return Operator(op, len(entries), 1000 * seconds / counts if counts else None)
 

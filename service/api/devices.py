@@ -198,7 +198,9 @@ class ProfileView(BaseModel):
     done: int
     failed: int
     waiting: int
-    seconds_left: float | None = Field(description="from the rate of the last minutes; null when nothing was measured")
+    seconds_left: float | None = Field(
+        description="from the rate since the first upload of the last half hour; null before the second"
+    )
     fit: FitView | None
 
     @classmethod
@@ -312,7 +314,7 @@ def _use(one: Progress) -> SpaceUse:
     rest = one.layers - one.measured
     return SpaceUse(
         space_key=one.profile.space_key, layers=one.layers, measured=one.measured,
-        interpolated=rest if one.waiting == one.failed == 0 else None,
+        interpolated=rest if one.priced and one.waiting == 0 else None,
     )  # fmt: skip
 
 

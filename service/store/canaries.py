@@ -3,6 +3,7 @@
 They are measured whenever an agent connects, and daily. Every check's measurements stay, under keys of their own.
 """
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
@@ -19,6 +20,8 @@ Measured = tuple[str, dict[str, Any], float]
 """Key, payload and seconds of a layer."""
 CANARIES = 7
 """Layers of a check: enough for a median that three disturbed ones cannot move, and measured within seconds."""
+CONNECTIONS, CONNECTION_DIGITS = 7, 8
+"""Of a device that are remembered, and digits of each."""
 FIRST = -1
 """Their priority: before the networks that jobs wait for, whose verdict would be no better than the table."""
 CHECK_SECONDS = 86400.0
@@ -31,12 +34,23 @@ have, and more than the noise of a median of seven layers."""
 
 def watch(session: Session, device: Device, table: LookupTable, connection: str | None) -> None:
     """Plan a check of the current table where one is due: for a new connection, or when the last one is too old."""
-    connected = connection is not None and connection != device.connection
-    device.connection = connection or device.connection
+    connected = connection is not None and _new(device, connection)
     patience = CHECK_SECONDS_STALE if table.stale else CHECK_SECONDS
     age = clock(session) - (table.checked_at or table.created_at)
     if connected or age > patience:
         _plan(session, table)
+
+
+def _new(device: Device, connection: str) -> bool:
+    """Whether a connection is none of the device's latest; it is one of them from now on.
+
+    More than one is remembered: two agents that take turns would have the table checked for ever.
+    """
+    known, one = (device.connection or "").split(), hashlib.sha256(connection.encode()).hexdigest()[:CONNECTION_DIGITS]
+    if one in known:
+        return False
+    device.connection = " ".join([*known, one][-CONNECTIONS:])
+    return True
 
 
 def settle(session: Session, table: LookupTable) -> None:

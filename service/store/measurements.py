@@ -6,7 +6,7 @@ Calls that change a device's tables lock its row first (`devices.lock`, `devices
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from service.store.models import (
     Work,
     WorkKind,
     WorkState,
+    clock,
     now,
 )  # fmt: skip
 
@@ -43,7 +44,7 @@ FULL = 31
 """Points of a profile that measures every choice."""
 SAMPLED = 10
 """Points that suffice to price every structure of a space, interpolated."""
-RECENT_SECONDS = 300.0
+RECENT_SECONDS = 1800.0
 """How far back the rate of measuring is looked at."""
 
 
@@ -52,7 +53,8 @@ class Progress:
     """How far a profile is on the device's current table.
 
     `layers` are all that structures of the space can have, `measured` those of them that need no interpolation.
-    `seconds_left` is None while nothing was measured lately.
+    `priced` says that the profile's own layers are measured, so that all others can be interpolated. `seconds_left` is
+    None while no two uploads came lately.
     """
 
     profile: Profile
@@ -61,6 +63,7 @@ class Progress:
     failed: int
     layers: int
     measured: int
+    priced: bool
     seconds_left: float | None
 
     @property
@@ -117,8 +120,8 @@ def profiles(session: Session, device: Device) -> Sequence[Profile]:
 def progress(session: Session, device: Device) -> list[Progress]:
     """How far each profile of a device is, oldest first."""
     measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == device.table_id)))
-    failed, pace = failures(session, device).keys(), _pace(session, device)
-    found = [_progress(profile, measured, failed, pace) for profile in profiles(session, device)]
+    failed, paces = failures(session, device).keys(), _paces(session, device)
+    found = [_progress(profile, measured, failed, paces) for profile in profiles(session, device)]
     return [replace(one, planned=one.done + one.failed) if _sleeps(one.profile, device) else one for one in found]
 
 
@@ -126,22 +129,27 @@ def _sleeps(profile: Profile, device: Device) -> bool:
     return profile.mode == ON_DEMAND and profile.planned_table_id != device.table_id
 
 
-def _progress(profile: Profile, measured: set[str], failed: Set[str], pace: float | None) -> Progress:
+def _progress(profile: Profile, measured: set[str], failed: Set[str], paces: Mapping[WorkKind, float]) -> Progress:
     space = work.profile_space(profile)
     layers, networks = work.profile_keys(profile)
     every = work.layer_keys(space, FULL)
     planned, done, lost = len(layers | networks), len((layers | networks) & measured), len((layers | networks) & failed)
-    left = None if pace is None else pace * (planned - done - lost)
-    return Progress(profile, planned, done, lost, len(every), len(every & measured), left)
+    waiting = {WorkKind.LAYER: len(layers - measured - failed), WorkKind.NETWORK: len(networks - measured - failed)}
+    left = sum(paces.get(kind, max(paces.values())) * count for kind, count in waiting.items()) if paces else None
+    return Progress(profile, planned, done, lost, len(every), len(every & measured), layers <= measured, left)
 
 
-def _pace(session: Session, device: Device) -> float | None:
-    """Seconds per measurement lately."""
-    recent = select(func.count(), now() - func.min(Measurement.created_at)).where(
+def _paces(session: Session, device: Device) -> dict[WorkKind, float]:
+    """Seconds per measurement of a kind since the first upload of the last minutes, which took who knows how long."""
+    uploads = select(Measurement.kind, func.min(Measurement.created_at), func.count()).where(
         Measurement.table_id == device.table_id, Measurement.created_at > now() - RECENT_SECONDS
     )  # fmt: skip
-    count, seconds = session.execute(recent).one()
-    return float(seconds) / count if count else None
+    found: dict[WorkKind, list[tuple[float, int]]] = {}
+    for kind, at, count in session.execute(uploads.group_by(Measurement.kind, Measurement.upload_id)):
+        found.setdefault(kind, []).append((at, count))
+    until, firsts = clock(session), {kind: min(times) for kind, times in found.items()}
+    counts = {kind: sum(count for _, count in times) - firsts[kind][1] for kind, times in found.items()}
+    return {kind: (until - firsts[kind][0]) / count for kind, count in counts.items() if count}
 
 
 def counts(session: Session, device: Device) -> dict[WorkState, int]:
@@ -161,7 +169,8 @@ def size(session: Session, table_id: str) -> tuple[int, int]:
 
 def unsteady(session: Session, table_id: str) -> int:
     """How many layers and networks of a table have an uncertain median."""
-    query = select(func.count()).where(Measurement.table_id == table_id, Measurement.steady.is_(False))
+    uncertain = (Measurement.steady.is_(False), Measurement.kind != WorkKind.CANARY)
+    query = select(func.count()).where(Measurement.table_id == table_id, *uncertain)
     return session.scalars(query).one()
 
 
@@ -174,6 +183,14 @@ def current_fingerprint(session: Session, device: Device) -> Fingerprint | None:
     """What the device's agent runs on, as it said last."""
     table = current_table(session, device)
     return session.get(Fingerprint, table.fingerprint_id) if table else None
+
+
+def batch(session: Session, device: Device) -> int:
+    """Images of a run on a device: those of all seconds in its current table."""
+    fingerprint = current_fingerprint(session, device)
+    facts = fingerprint.facts if fingerprint else {}
+    found = facts.get("facts", facts).get("batch")
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def load_table(session: Session, device_name: str, statistic: Statistic = Statistic.P50) -> LatencyTable:

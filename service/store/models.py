@@ -168,7 +168,7 @@ class Device(Base):
     created_at: Mapped[float] = mapped_column(default=now())
     beat_at: Mapped[float | None]
     connection: Mapped[str | None] = mapped_column(String(64))
-    """The process of the agent that was heard last, as it calls itself."""
+    """The agents' processes that were heard first lately, the newest last (`canaries`)."""
 
 
 class Host(Base):

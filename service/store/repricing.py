@@ -22,7 +22,7 @@ from latency_profiler.errors import MissingLatencies, NotCalibrated
 from latency_profiler.lookup_table import Floats, LatencyModel, LatencyTable
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
-from service.store import measurements, work
+from service.store import devices, measurements, work
 from service.store.bulk import upsert, upsert_columns
 from service.store.models import (
     Device,
@@ -50,7 +50,8 @@ class Due:
 def due(session: Session) -> list[Due]:
     """Devices and spaces whose table, fit or structures are others than when they were looked at.
 
-    A space is not due while layers of it are still being measured: every batch would change its prices.
+    A space is not due while an agent still measures layers of it: every batch would change its prices. What nobody
+    measures, since the device is away, is not waited for.
     """
     spaces = _counts(session)
     done = {(row.device_id, row.space_key): row for row in session.scalars(select(Pricing))}
@@ -59,7 +60,7 @@ def due(session: Session) -> list[Due]:
         assert device.table_id is not None
         sources = {key: _source(session, device.table_id, key) for key in spaces}
         changed = [key for key in spaces if not _settled(done.get((device.id, key)), sources[key], spaces[key])]
-        waiting = _families(session, device.table_id) if changed else set()
+        waiting = _families(session, device.table_id) if changed and devices.alive(session, device) else set()
         for key in changed:
             space = _space(session, key)
             if waiting.isdisjoint(layer.family for layer in space.layers(space.channels(space.largest))):

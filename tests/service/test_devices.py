@@ -89,8 +89,9 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
     middle = client.get("/v1/devices/bench/profiles").json()["items"][0]
     assert (middle["done"], middle["waiting"], middle["seconds_left"]) == (0, count, None)
     results = [result(item) for item in leased["items"]]
-    assert upload(client, agent, results[:-1]).json() == {
-        "stored": count - 1, "repeated": 0, "failed": 0, "ignored": 0,
+    assert upload(client, agent, results[:1], "u0").json()["stored"] == 1
+    assert upload(client, agent, results[1:-1]).json() == {
+        "stored": count - 2, "repeated": 0, "failed": 0, "ignored": 0,
     }  # fmt: skip
     assert rings == []
     assert client.get("/v1/devices/bench/profiles").json()["items"][0]["seconds_left"] > 0
@@ -123,6 +124,30 @@ def test_a_device_from_registration_to_its_table(client: TestClient, rings: list
         {"within_5": 1, "within_10": 1, "spearman": 1, "noise_floor": 0}
     )
     assert lease(client, agent).json()["items"] == []
+
+
+def test_nothing_is_interpolated_while_a_profile_sleeps(client: TestClient) -> None:
+    agent = register(client)
+    client.post("/v1/devices/bench/profiles", json=PROFILE | {"mode": "on-demand"})
+    lease(client, agent)
+    [space] = client.get("/v1/devices/bench").json()["table"]["spaces"]
+    assert (space["measured"], space["interpolated"]) == (0, None)
+
+
+def test_milliseconds_per_multiply_add_are_those_of_one_image(client: TestClient) -> None:
+    seen = []
+    for batch in (1, 8):
+        agent, facts = register(client, f"b{batch}"), FACTS | {"batch": batch}
+        client.post(f"/v1/devices/b{batch}/profiles", json=PROFILE)
+        body = {"fingerprint": facts, "agent": "0.1", "limit": 500}
+        items = client.post(f"/v1/devices/b{batch}/leases", json=body, headers=agent).json()["items"]
+        results = [result(item) for item in items]
+        batch_of = {"upload_id": "u", "lease_id": "l", "fingerprint": canonical_sha(facts), "results": results}
+        assert client.post(f"/v1/devices/b{batch}/measurements", json=batch_of, headers=agent).status_code == 200
+        seen.append(client.get(f"/v1/devices/b{batch}/lookup-table/survey").json()["operators"])
+    for one, eight in zip(*seen, strict=True):
+        of_one = one["ms_per_multiply_add"]
+        assert eight["ms_per_multiply_add"] == (None if of_one is None else pytest.approx(of_one / 8))
 
 
 def stepped(item: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from latency_profiler.cost import layer_flops
 from latency_profiler.lookup_table import Entry, Fit, LatencyTable
@@ -163,6 +163,10 @@ def test_layers_that_are_still_measured_are_waited_for(database: str) -> None:
         measurements.request_profile(session, device, candidates.space_arguments(SPACE), "sampled", 4)
     with snapshot() as session:
         assert repricing.due(session) == []
+    with transaction() as session:
+        session.execute(update(Device).values(beat_at=Device.beat_at - 2 * devices.ALIVE_SECONDS))
+    with snapshot() as session:
+        assert [one.device_id for one in repricing.due(session)] == [device.id], "nobody measures them any more"
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])

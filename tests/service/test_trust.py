@@ -163,6 +163,53 @@ def test_canaries_are_measured_on_each_connection_first_and_once(database: str) 
     assert checked(Machine("c").step(limit=1)), "another connection"
 
 
+def test_agents_that_take_turns_have_the_table_checked_once_each(database: str) -> None:
+    register(points=3)
+    Machine("a").work()
+    turns = [Machine("b"), Machine("c")]
+    seen = [checked(turns[at % 2].step()) for at in range(12)]
+    assert [len(keys) for keys in seen] == [canaries.CANARIES] * 2 + [0] * 10
+
+
+def test_as_many_connections_are_remembered_as_there_is_room_for(database: str) -> None:
+    register(points=3)
+    first = Machine("first")
+    first.work()
+    others = [Machine(f"{at:032x}") for at in range(canaries.CONNECTIONS)]
+    assert all(checked(machine.work()) for machine in others)
+    assert not checked(others[0].work() + others[-1].work())
+    assert checked(first.work()), "forgotten since"
+
+
+def test_unsteady_canaries_are_no_unsteady_entries_of_the_table(database: str) -> None:
+    register(points=3)
+    Machine("a").work()
+    Machine("b").work()
+    table = current()
+    with transaction() as session:
+        session.execute(update(Measurement).where(Measurement.kind == WorkKind.CANARY).values(steady=False))
+        assert measurements.unsteady(session, table.id) == 0
+        session.execute(update(Measurement).values(steady=False))
+        assert measurements.unsteady(session, table.id) == sum(measurements.size(session, table.id))
+
+
+def test_what_is_left_takes_as_long_as_it_took_lately(database: str) -> None:
+    """The first upload says nothing: nobody knows how long it took."""
+    register(points=3)
+    machine = Machine()
+    left = []
+    for ago in (100.0, 60.0, 20.0):
+        machine.step(limit=20)
+        with transaction() as session:
+            upload = f"{machine.connection}-{machine.uploads}"
+            values = {"created_at": now() - ago}
+            session.execute(update(Measurement).where(Measurement.upload_id == upload).values(values))
+        with transaction() as session:
+            [progress] = measurements.progress(session, devices.get(session, "bench"))
+            left.append(progress.seconds_left and progress.seconds_left / progress.waiting)
+    assert left == [None, pytest.approx(100 / 20, rel=0.1), pytest.approx(100 / 40, rel=0.1)]
+
+
 def test_canaries_are_measured_daily(database: str) -> None:
     register(points=3)
     machine = Machine()
