@@ -159,6 +159,8 @@ class Agent:
             )  # fmt: skip
         finally:
             self._turn.give_back()
+        if not results:  # stopped before any network was measured often enough; the lease runs out
+            return
         seconds = time.monotonic() - began
         self._limit = int(np.clip((until - began) / (seconds / len(results)), 1, MOST_ITEMS))
         log.info("measured %d of %d in %.1f s", len(results), len(lease.items), seconds)

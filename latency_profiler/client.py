@@ -15,7 +15,7 @@ from urllib.parse import quote
 import httpx2
 
 from latency_profiler.durable import save
-from latency_profiler.errors import ServiceUnreachable
+from latency_profiler.errors import InvalidInput, ServiceUnreachable
 from latency_profiler.wire import GATEWAY, Json, Sleep, Wire, describe, pause, refuse
 
 Latencies = Mapping[str, float]
@@ -23,6 +23,8 @@ Latencies = Mapping[str, float]
 TERMINAL = frozenset({"succeeded", "failed", "cancelled", "unverified"})
 """States that a job does not leave."""
 LARGEST_PAGE = 200
+LOOKING_SECONDS = 3600.0
+"""In which the service looks at the images of a dataset: minutes for large archives."""
 SILENCE = 60.0
 """Seconds without a byte after which a stream of events counts as broken (the service sends comments in between)."""
 
@@ -145,13 +147,15 @@ class Client:
         return self._wire.json("GET", path("datasets", name))
 
     def add_dataset(self, request: Json) -> Json:
-        """Register images below the service's data root."""
-        return self._wire.json("POST", "/v1/datasets", json=request, repeatable=False)
+        """Register images below the service's data root; all of them are looked at before the answer comes."""
+        return self._wire.json("POST", "/v1/datasets", json=request, repeatable=False, timeout=LOOKING_SECONDS)
 
     # Jobs
 
     def submit(self, job: Json, idempotency_key: str | None = None) -> Json:
         """Submit a job; the same key again gives the same job. Without a key a new one protects the retries."""
+        if not (idempotency_key or "").isascii():
+            raise InvalidInput(f"{idempotency_key!r} is no Idempotency-Key: letters, digits and signs of ASCII only")
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._wire.json("POST", "/v1/jobs", json=job, headers=headers)
 
@@ -261,7 +265,13 @@ class Client:
 
 
 def path(*parts: str) -> str:
-    """A path below /v1; names that hold a slash stay one part."""
+    """A path below /v1; names that hold a slash stay one part.
+
+    Raises:
+        InvalidInput: a part is empty, or leads elsewhere.
+    """
+    if wrong := [part for part in parts if part in ("", ".", "..")]:
+        raise InvalidInput(f"{wrong[0]!r} is no name")
     return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 

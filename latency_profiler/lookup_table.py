@@ -22,7 +22,7 @@ from latency_profiler.cost import Ints
 from latency_profiler.errors import InvalidInput, MissingLatencies
 from latency_profiler.interpolation import Cell, Family
 from latency_profiler.layers import Layer
-from latency_profiler.spaces.space import CHOICES, Space, Unit
+from latency_profiler.spaces.space import CHOICES, Space, Unit, other_last
 from latency_profiler.terms import in_network, is_term
 
 Floats = npt.NDArray[np.float64]
@@ -145,6 +145,10 @@ class LatencyTable:
                 keys.append(layer.key)
         return keys
 
+    def fit(self, space: Space) -> Fit | None:
+        """The space's fit, else that of the space whose last layer alone is another: it holds for the same networks."""
+        return self.fits.get(space.key) or self.fits.get(other_last(space.key))
+
     def price(self, space: Space, channels: Sequence[int]) -> Price:
         """Price a structure.
 
@@ -156,7 +160,7 @@ class LatencyTable:
             alone = [self.layer(layer) for layer in layers]
         except MissingLatencies as error:
             raise MissingLatencies(self.missing(layers)) from error
-        fit = self.fits.get(space.key, PLAIN)
+        fit = self.fit(space) or PLAIN
         prices = tuple(replace(price, seconds=fit.in_network(price.layer, price.seconds)) for price in alone)
         total = fit.overhead
         for price in prices:
@@ -186,12 +190,11 @@ class LatencyTable:
             fits = {key: Fit(**fit) for key, fit in data.get("fits", {}).items()}
             if unknown := {name for fit in fits.values() for name in fit.terms if not is_term(name)}:
                 raise InvalidInput(f"unknown terms of a fit: {', '.join(sorted(unknown))}")
-            table = cls(str(data["device"]), str(data["fingerprint"]), {e.layer.key: e for e in entries}, fits)
+            if bad := [entry.layer.key for entry in entries if not 0 < entry.seconds < 1000]:
+                raise InvalidInput(f"seconds must be above 0 and below 1000: {bad[0]}")
+            return cls(str(data["device"]), str(data["fingerprint"]), {e.layer.key: e for e in entries}, fits)
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"not a lookup table: {error}") from error
-        if bad := [entry.layer.key for entry in entries if not 0 < entry.seconds < 1000]:
-            raise InvalidInput(f"seconds must be above 0 and below 1000: {bad[0]}")
-        return table
 
 
 class LatencyModel:
@@ -205,7 +208,7 @@ class LatencyModel:
     """
 
     def __init__(self, table: LatencyTable, space: Space) -> None:
-        fit = table.fits.get(space.key, PLAIN)
+        fit = table.fit(space) or PLAIN
         self._space, self._overhead, self._slots = space, fit.overhead, space.slots
         matrices = dict[Any, Matrix]()
         for unit in space.units:

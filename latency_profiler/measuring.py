@@ -80,13 +80,14 @@ def measure_groups(
         items: `{"work_id", "kind", "key", "payload"}` each.
         rng: shuffles.
         go_on: asked before every group but the first; what is left out has no result.
-        again: asked before every group that was measured before.
+        again: asked before every group that was measured before; where it says no, networks that were visited too few
+            times have no result.
         wait: passes some seconds between visits.
 
     Raises:
         NoMeasuringProcess: nothing could be measured; what was measured before that counts.
     """
-    visits, left = dict[int, list[Json]](), dict[int, float]()
+    visits, left, whole = dict[int, list[Json]](), dict[int, float](), False
 
     def pause(group: Sequence[Json]) -> None:
         shared = [item for item in group if item["kind"] == "network" and _shared(visits[item["work_id"]][0])]
@@ -94,6 +95,7 @@ def measure_groups(
             wait(max(0.0, max(left[item["work_id"]] for item in shared) + APART - time.monotonic()))
 
     def rounds() -> Iterator[list[Json]]:
+        nonlocal whole
         for group in _groups([items[i] for i in rng.permutation(len(items))]):
             if visits and not go_on():
                 break
@@ -104,6 +106,7 @@ def measure_groups(
                 if not again():
                     return
                 yield group
+        whole = True
 
     try:
         for group in rounds():
@@ -115,7 +118,11 @@ def measure_groups(
             raise
         log.warning("%s; what was measured before is handed in", error)
     asked = {item["work_id"]: item for item in items}
-    return [_middle(results, asked[work_id]) for work_id, results in visits.items()]
+    return [
+        _middle(results, asked[work_id])
+        for work_id, results in visits.items()
+        if whole or asked[work_id]["kind"] != "network" or not _visited_again(asked[work_id], results)
+    ]
 
 
 def yardstick_of(runtime: Runtime) -> Yardstick | None:

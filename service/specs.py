@@ -6,7 +6,7 @@ determines its result.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from latency_profiler.cost import Constraint, Metric, Statistic
 from service.choices import Effort, LastLayer, Method, Objective, Strategy
@@ -48,10 +48,22 @@ class LatencyConstraint(Model):
 AnyConstraint = Annotated[CountConstraint | LatencyConstraint, Field(discriminator="metric")]
 
 
+NARROWEST = 1.05
+"""Of a band: neighbouring structures of small spaces are some percent apart."""
+
+
 class TrainingSpec(DescentSpec):
     """How the PruningNet is trained. `band` limits sampled structures to these shares of the budget's FLOPs."""
 
     band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
+
+    @field_validator("band")
+    @classmethod
+    def _wide_enough(cls, band: tuple[float, float] | None) -> tuple[float, float] | None:
+        if band is not None and band[1] < NARROWEST * band[0]:
+            raise ValueError(f"too narrow to hold structures; its end must be {NARROWEST} times its beginning or more")
+        return band
+
     normalise: bool | None = None
     """Scale generated weights to one deviation; not in the publication."""
     weights: Literal["generated", "shared"] = "generated"
@@ -184,6 +196,8 @@ class JobRequest(Model):
                 f"{unstructured[0]} prunes single weights, which changes no latency: give one upper bound, on the "
                 "parameters or flops that are kept"
             )
+        if self.start and set(methods) == {"metapruning"}:
+            raise ValueError("start: metapruning trains from scratch; name a pruning method, or leave it out")
         held = self.magnitude.scan or self.magnitude.tolerance is not None
         if self.start and "magnitude" in methods and held:
             raise ValueError(

@@ -26,6 +26,9 @@ from service.methods import UNSTRUCTURED
 from service.specs import JobRequest, TrainingSpec, resolve
 from service.store import datasets, jobs, measurements, results, structures
 
+FEWEST = 10
+"""Training images of a dataset: a fifth of them is split off to judge on, and more than a few must be left."""
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -49,6 +52,8 @@ def prepare(session: Session, request: JobRequest) -> Submission:
         structures.device_ids(session, named_devices(request))
     except NotFound as error:
         raise InvalidInput(str(error)) from error
+    if dataset.train_images < FEWEST:
+        raise InvalidInput(f"{dataset.name!r} has {dataset.train_images} training images; at least {FEWEST} are needed")
     spec = resolve(request, dataset.image_size)
     assert spec.image_size is not None
     space = get_space(spec.space, spec.image_size, spec.width, dataset.classes, spec.last_layer == "free")

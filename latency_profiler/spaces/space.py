@@ -138,7 +138,7 @@ class Space:
     @property
     def key(self) -> str:
         """Identity of the space, e.g. `mobilenet_v1@32x0.5/10+last`."""
-        last = "+last" if self.free_last else ""
+        last = LAST if self.free_last else ""
         return f"{self.name}@{self.image_size}x{width_text(self.width)}/{self.classes}{last}"
 
     @property
@@ -249,6 +249,15 @@ class Space:
         """Identity of a structure: the same for every encoding that gives these widths."""
         text = f"{self.key}:{','.join(map(str, self.complete(channels)))}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+LAST = "+last"
+"""Ends the key of a space whose last layer is free."""
+
+
+def other_last(key: str) -> str:
+    """Key of the space that differs in its last layer alone, fixed or free: a device measures the same networks."""
+    return key.removesuffix(LAST) if key.endswith(LAST) else key + LAST
 
 
 def width_text(width: float) -> str:

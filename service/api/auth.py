@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Annotated, Literal
 
 from fastapi import Depends, HTTPException, Path
@@ -35,12 +36,23 @@ def authenticate(credentials: Annotated[HTTPAuthorizationCredentials | None, Dep
     raise _unauthorized("this key is unknown or revoked")
 
 
-def is_known(header: str) -> bool:
-    """Whether an `Authorization` header is anybody's; yes where the database is away: whoever needs it says so."""
+class Trust(IntEnum):
+    """Whose bodies are read: a stranger's small ones, those of who may only read, and large ones of all others."""
+
+    STRANGER = 0
+    READER = 1
+    WRITER = 2
+
+
+def trust(header: str) -> Trust:
+    """Of an `Authorization` header; the most where the database is away: whoever needs it says so."""
     try:
-        return _caller(header.partition(" ")[2].strip()) is not None
+        caller = _caller(header.partition(" ")[2].strip())
     except DATABASE_AWAY:
-        return True
+        return Trust.WRITER
+    if caller is None:
+        return Trust.STRANGER
+    return Trust.WRITER if caller.kind == "device" or "submit" in caller.scopes else Trust.READER
 
 
 def _caller(secret: str) -> Caller | None:

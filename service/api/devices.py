@@ -16,9 +16,9 @@ from service.api.auth import Reader, Submitter
 from service.api.problems import responses
 from service.choices import LastLayer
 from service.fields import Model, Name, Text
-from service.store import devices, measurements, repricing, work
-from service.store.measurements import Progress
+from service.store import devices, measurements, progress, repricing, work
 from service.store.models import Device, LookupTable, WorkState
+from service.store.progress import Progress
 from service.store.session import snapshot, transaction
 
 router = APIRouter(prefix="/devices", tags=["devices"])
@@ -293,7 +293,7 @@ def _show(session: Session, device: Device) -> DeviceView:
 
 def _table(session: Session, device: Device, table: LookupTable) -> TableView:
     entries, networks = measurements.size(session, table.id)
-    spaces = {one.profile.space_key: _use(one) for one in measurements.progress(session, device)}
+    spaces = {one.profile.space_key: _use(one) for one in progress.of_device(session, device)}
     return TableView(
         id=table.id, version=table.version, entries=entries, networks=networks,
         unsteady=measurements.unsteady(session, table.id), stale=table.stale, drift=table.drift,
@@ -320,4 +320,4 @@ def _use(one: Progress) -> SpaceUse:
 
 def _profiles(session: Session, device: Device) -> list[ProfileView]:
     fits = _fits(session, measurements.current_table(session, device))
-    return [ProfileView.of(one, fits.get(one.profile.space_key)) for one in measurements.progress(session, device)]
+    return [ProfileView.of(one, fits.get(one.profile.space_key)) for one in progress.of_device(session, device)]

@@ -122,7 +122,7 @@ def list_jobs(
 def read_job(job: JobId) -> JobRead:
     """One job."""
     with snapshot() as session:
-        return read(jobs.get(session, job), jobs.phase_seconds(session, job))
+        return read(jobs.get(session, job, memory=False), jobs.phase_seconds(session, job))
 
 
 @router.post("/{job}/cancel", responses=responses(404, 409))
@@ -136,7 +136,7 @@ def cancel(job: JobId, _caller: Submitter) -> JobRead:
 def existing_job(job: JobId, _caller: Reader) -> str:
     """The id of a job that exists, found out before an answer has begun."""
     with snapshot() as session:
-        return jobs.get(session, job).id
+        return jobs.get(session, job, memory=False).id
 
 
 @router.get("/{job}/events", response_class=EventSourceResponse, responses=responses(404))
@@ -175,7 +175,7 @@ def list_candidates(
     position = decode_cursor(cursor, by, float, int)
     behind = (position[1], position[2]) if position else None
     with snapshot() as session:
-        jobs.get(session, job)
+        jobs.get(session, job, memory=False)
         rows = structures.of_job(session, job, sort, descending, limit + 1, behind)
     return page(rows, limit, _candidate, lambda row: [by, getattr(row[0], sort), row[0].id])
 
@@ -217,7 +217,7 @@ def _ring(request: Request) -> None:
 def _news(job_id: str, seen: int) -> tuple[Sequence[ServerSentEvent], bool]:
     """The next events, and whether the job has ended and these are its last."""
     with snapshot() as session:
-        ended = jobs.get(session, job_id).state in TERMINAL
+        ended = jobs.get(session, job_id, memory=False).state in TERMINAL
         rows = jobs.events_after(session, job_id, seen)
     return [ServerSentEvent(id=str(row.id), event=row.kind, data=row.data) for row in rows], ended and len(rows) < 200
 

@@ -172,5 +172,5 @@ def import_foreign_table(
 def read_survey(device: DevicePath, _caller: Reader) -> Survey:
     """What the current table shows: the slowest layers, the cost of a multiply-add by operator, covered widths."""
     with snapshot() as session:
-        batch = measurements.batch(session, devices.get(session, device))
+        batch = exchange.batch(session, devices.get(session, device))
         return survey(measurements.load_table(session, device), batch)

@@ -15,11 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.auth import AUTHENTICATE, is_known
+from service.api.auth import AUTHENTICATE, Trust, trust
 from service.api.problems import MEDIA_TYPE, problem
 
 REQUESTS = Counter("secateurs_requests", "Answered requests", ["method", "route", "status"])
 SECONDS = Histogram("secateurs_request_seconds", "Seconds until an answer was complete", ["method", "route"])
+FREE_BODY = 1 << 14
+"""Bytes that anybody may send: a stranger's megabyte took a second to parse, and all others waited for that."""
 MAX_BODY = 1 << 20
 """Bytes of a request's body, counted as they arrive; routes that take tables and measurements allow more."""
 MOST_DROPPED = 1 << 27
@@ -63,7 +65,8 @@ class _Exchange:
         self.id = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         self.status: int | None = None
         self._scope, self._receive, self._send = scope, receive, send
-        self._replaced = self._whole = self._known = False
+        self._replaced = self._whole = False
+        self._trust: Trust | None = None
         self._got = 0
         self._began = time.perf_counter()
 
@@ -73,17 +76,20 @@ class _Exchange:
         A framework reads and parses a body before it asks who sends it.
 
         Raises:
-            HTTPException: 408 or 401.
+            HTTPException: 408, 401 or 403.
         """
         if self._whole:
             return await self._receive()
         message = await self._part()
-        if self._got > MAX_BODY and not self._known:
-            self._known = await run_in_threadpool(is_known, Headers(scope=self._scope).get("authorization", ""))
-            if not self._known:
-                while not self._whole and self._got < MOST_DROPPED:  # a client hears nothing before it has sent all
-                    await self._part()
+        needed = Trust((self._got > FREE_BODY) + (self._got > MAX_BODY))
+        if self._trust is None and needed:
+            self._trust = await run_in_threadpool(trust, Headers(scope=self._scope).get("authorization", ""))
+        if self._trust is not None and self._trust < needed:
+            while not self._whole and self._got < MOST_DROPPED:  # a client hears nothing before it has sent all
+                await self._part()
+            if self._trust is Trust.STRANGER:
                 raise HTTPException(401, "a body of this size needs an API key or a device's token", AUTHENTICATE)
+            raise HTTPException(403, "a body of this size needs an API key with scope 'submit', or a device's token")
         return message
 
     async def _part(self) -> Message:

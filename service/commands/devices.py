@@ -156,6 +156,9 @@ def list_datasets(context: typer.Context, server: Server = None, key: Key = None
     if context.invoked_subcommand is None:
         with connect(server, key) as client:
             answer = client.datasets()
+            while cursor := answer["next"]:
+                more = client.datasets(cursor=cursor)
+                answer = {"items": answer["items"] + more["items"], "next": more["next"]}
         tables.show_json(answer) if as_json else tables.show_datasets(out, answer["items"])
 
 

@@ -195,11 +195,12 @@ def show_structures(console: Console, structures: Sequence[Row]) -> None:
         [
             one["structure_id"], percent(one.get("test_accuracy")),
             percent(one.get("proxy_accuracy")), count(one["flops"]), count(one["parameters"]),
-            milliseconds(one.get("measured_ms") or one.get("predicted_ms")), one["channels"],
+            milliseconds(one.get("predicted_ms")), milliseconds(one.get("measured_ms")), one["channels"],
         ]
         for one in structures
     ]  # fmt: skip
-    show(console, ["structure", "test accuracy", "proxy accuracy", "flops", "parameters", "ms", "channels"], rows)
+    names = ["structure", "test accuracy", "proxy accuracy", "flops", "parameters", "predicted ms", "measured ms"]
+    show(console, [*names, "channels"], rows)
 
 
 def show_devices(console: Console, devices: Sequence[Row]) -> None:

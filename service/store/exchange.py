@@ -127,3 +127,11 @@ def _raw(figures: Mapping[str, Any]) -> Json:
 
 def _row(table: LookupTable, values: Json) -> Json:
     return {"table_id": table.id, "fingerprint_id": table.fingerprint_id, "upload_id": "import", **values}
+
+
+def batch(session: Session, device: Device) -> int:
+    """Images of a run on a device: those of all seconds in its current table."""
+    fingerprint = measurements.current_fingerprint(session, device)
+    facts = fingerprint.facts if fingerprint else {}
+    found = facts.get("facts", facts).get("batch")
+    return found if isinstance(found, int) and found > 0 else 1

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import CursorResult, case, delete, func, or_, select, tuple_, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from latency_profiler.errors import NotFound, SecateursError
 from service.specs import JobRequest
 from service.store import blobs
-from service.store.models import TERMINAL, Chunk, Job, JobEvent, JobState, clock, now
+from service.store.models import TERMINAL, Chunk, Job, JobEvent, JobState, Work, WorkKind, WorkState, clock, now
 
 
 class JobStateConflict(SecateursError):
@@ -33,6 +33,9 @@ class JobStateConflict(SecateursError):
 
 class LeaseLost(SecateursError):
     """Another worker has taken the job, or it has ended: stop and write nothing."""
+
+
+WITHOUT_MEMORY = defer(Job.memory, raiseload=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +59,13 @@ def submit(session: Session, spec: JobRequest, *, space_key: str, dataset_id: st
     return job
 
 
-def get(session: Session, job_id: str) -> Job:
-    """One job.
+def get(session: Session, job_id: str, *, memory: bool = True) -> Job:
+    """One job; without its `memory`, which grows with every candidate, where only users ask.
 
     Raises:
         NotFound: no job has this id.
     """
-    job = session.get(Job, job_id)
+    job = session.get(Job, job_id, options=[] if memory else [WITHOUT_MEMORY])
     if job is None:
         raise NotFound("job", job_id)
     return job
@@ -171,13 +174,14 @@ def beat(session: Session, claim: Claim, lease_seconds: float, progress: dict[st
     Raises:
         LeaseLost: the claim does not hold any more.
     """
-    values: dict[str, Any] = {"lease_until": now() + lease_seconds}
-    if progress is None:
-        return _write(session, claim, values).cancel_requested_at is not None
-    job = _write(session, claim, values | {"progress": progress})
-    session.execute(delete(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "progress"))
-    add_event(session, job.id, "progress", progress)
-    return job.cancel_requested_at is not None
+    values = {"lease_until": now() + lease_seconds} | ({} if progress is None else {"progress": progress})
+    row = session.execute(_written(claim, values).returning(Job.cancel_requested_at)).one_or_none()
+    if row is None:
+        raise _lost(claim)
+    if progress is not None:
+        session.execute(delete(JobEvent).where(JobEvent.job_id == claim.job_id, JobEvent.kind == "progress"))
+        add_event(session, claim.job_id, "progress", progress)
+    return row.cancel_requested_at is not None
 
 
 def load(session: Session, claim: Claim) -> Job:
@@ -260,27 +264,31 @@ def wake(session: Session, states: Sequence[JobState]) -> int:
 
 
 def _write(session: Session, claim: Claim, values: dict[str, Any]) -> Job:
-    job = session.scalar(
-        update(Job)
-        .where(
-            Job.id == claim.job_id, Job.fence == claim.fence, Job.owner == claim.owner, Job.state.not_in(TERMINAL)
-        )
-        .values(updated_at=now(), **values)
-        .returning(Job)
-        .execution_options(populate_existing=True)
-    )  # fmt: skip
+    statement = _written(claim, values).returning(Job).execution_options(populate_existing=True)
+    job: Job | None = session.scalar(statement)
     if job is None:
-        raise LeaseLost(f"job {claim.job_id} is no longer held by {claim.owner} (fence {claim.fence})")
+        raise _lost(claim)
     return job
 
 
+def _written(claim: Claim, values: dict[str, Any]) -> Any:
+    held = (Job.id == claim.job_id, Job.fence == claim.fence, Job.owner == claim.owner, Job.state.not_in(TERMINAL))
+    return update(Job).where(*held).values(updated_at=now(), **values)
+
+
+def _lost(claim: Claim) -> LeaseLost:
+    return LeaseLost(f"job {claim.job_id} is no longer held by {claim.owner} (fence {claim.fence})")
+
+
 def _end(session: Session, job_id: str, state: JobState, **changes: Any) -> None:
-    """Into a terminal state, once; nobody scores for the job any more."""
+    """Into a terminal state, once; nobody scores for the job any more, or measures networks for it."""
     values = {"state": state, "owner": None, "lease_until": None, "finished_at": now(), "updated_at": now(), **changes}
     done = session.execute(update(Job).where(Job.id == job_id, Job.state.not_in(TERMINAL)).values(**values))
     assert isinstance(done, CursorResult)
     if done.rowcount:
         session.execute(delete(Chunk).where(Chunk.job_id == job_id))
+        waits = (Work.kind == WorkKind.NETWORK, Work.state == WorkState.WAITING, Work.key.contains(job_id))
+        session.execute(delete(Work).where(*waits), execution_options={"synchronize_session": False})
         _drop_checkpoint(session, job_id)
         facts = {name: value for name, value in changes.items() if name == "error"}
         add_event(session, job_id, "state", {"state": state, **facts})
@@ -315,13 +323,13 @@ def newest(
     session: Session, *, limit: int, before: tuple[float, str] | None = None, state: JobState | None = None,
     space: str | None = None, dataset_id: str | None = None,
 ) -> Sequence[Job]:  # fmt: skip
-    """Jobs, the newest first.
+    """Jobs without their memory, the newest first.
 
     Args:
         before: creation time and id of the job behind which the list begins.
         space: a space's name or its whole key.
     """
-    query = select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    query = select(Job).options(WITHOUT_MEMORY).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
     if before is not None:
         query = query.where(tuple_(Job.created_at, Job.id) < tuple_(*before))
     if state is not None:

@@ -24,6 +24,7 @@ IMPLIED: dict[str, frozenset[str]] = {
     "admin": frozenset({"read", "submit", "admin"}),
 }
 """What a key of each scope may do."""
+LONGEST_NAME = 100
 
 
 class Issued(NamedTuple):
@@ -50,8 +51,10 @@ def create_key(session: Session, name: str, scopes: Sequence[str]) -> tuple[ApiK
     """A new user key and its secret, which cannot be read again.
 
     Raises:
-        InvalidInput: an unknown scope.
+        InvalidInput: an unknown scope, or a name that is too long.
     """
+    if len(name) > LONGEST_NAME:
+        raise InvalidInput(f"a key's name may have {LONGEST_NAME} characters; this one has {len(name)}")
     if unknown := sorted(set(scopes) - set(IMPLIED)):
         raise InvalidInput(f"unknown scope {unknown[0]!r}; scopes are: {', '.join(IMPLIED)}")
     issued = issue_secret("user")

@@ -6,8 +6,7 @@ Calls that change a device's tables lock its row first (`devices.lock`, `devices
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import func, select
@@ -34,8 +33,6 @@ from service.store.models import (
     Work,
     WorkKind,
     WorkState,
-    clock,
-    now,
 )  # fmt: skip
 
 Mode = Literal["full", "sampled", "on-demand"]
@@ -44,32 +41,6 @@ FULL = 31
 """Points of a profile that measures every choice."""
 SAMPLED = 10
 """Points that suffice to price every structure of a space, interpolated."""
-RECENT_SECONDS = 1800.0
-"""How far back the rate of measuring is looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a profile is on the device's current table.
-
-    `layers` are all that structures of the space can have, `measured` those of them that need no interpolation.
-    `priced` says that the profile's own layers are measured, so that all others can be interpolated. `seconds_left` is
-    None while no two uploads came lately.
-    """
-
-    profile: Profile
-    planned: int
-    done: int
-    failed: int
-    layers: int
-    measured: int
-    priced: bool
-    seconds_left: float | None
-
-    @property
-    def waiting(self) -> int:
-        """Layers and networks that are neither measured nor failed."""
-        return self.planned - self.done - self.failed
 
 
 def canonical_sha(value: Any) -> str:
@@ -117,41 +88,6 @@ def profiles(session: Session, device: Device) -> Sequence[Profile]:
     return session.scalars(query.order_by(Profile.created_at, Profile.id)).all()
 
 
-def progress(session: Session, device: Device) -> list[Progress]:
-    """How far each profile of a device is, oldest first."""
-    measured = set(session.scalars(select(Measurement.key).where(Measurement.table_id == device.table_id)))
-    failed, paces = failures(session, device).keys(), _paces(session, device)
-    found = [_progress(profile, measured, failed, paces) for profile in profiles(session, device)]
-    return [replace(one, planned=one.done + one.failed) if _sleeps(one.profile, device) else one for one in found]
-
-
-def _sleeps(profile: Profile, device: Device) -> bool:
-    return profile.mode == ON_DEMAND and profile.planned_table_id != device.table_id
-
-
-def _progress(profile: Profile, measured: set[str], failed: Set[str], paces: Mapping[WorkKind, float]) -> Progress:
-    space = work.profile_space(profile)
-    layers, networks = work.profile_keys(profile)
-    every = work.layer_keys(space, FULL)
-    planned, done, lost = len(layers | networks), len((layers | networks) & measured), len((layers | networks) & failed)
-    waiting = {WorkKind.LAYER: len(layers - measured - failed), WorkKind.NETWORK: len(networks - measured - failed)}
-    left = sum(paces.get(kind, max(paces.values())) * count for kind, count in waiting.items()) if paces else None
-    return Progress(profile, planned, done, lost, len(every), len(every & measured), layers <= measured, left)
-
-
-def _paces(session: Session, device: Device) -> dict[WorkKind, float]:
-    """Seconds per measurement of a kind since the first upload of the last minutes, which took who knows how long."""
-    uploads = select(Measurement.kind, func.min(Measurement.created_at), func.count()).where(
-        Measurement.table_id == device.table_id, Measurement.created_at > now() - RECENT_SECONDS
-    )  # fmt: skip
-    found: dict[WorkKind, list[tuple[float, int]]] = {}
-    for kind, at, count in session.execute(uploads.group_by(Measurement.kind, Measurement.upload_id)):
-        found.setdefault(kind, []).append((at, count))
-    until, firsts = clock(session), {kind: min(times) for kind, times in found.items()}
-    counts = {kind: sum(count for _, count in times) - firsts[kind][1] for kind, times in found.items()}
-    return {kind: (until - firsts[kind][0]) / count for kind, count in counts.items() if count}
-
-
 def counts(session: Session, device: Device) -> dict[WorkState, int]:
     """How much work of the device's current table is in each state."""
     query = select(Work.state, func.count()).where(Work.table_id == device.table_id).group_by(Work.state)
@@ -169,8 +105,8 @@ def size(session: Session, table_id: str) -> tuple[int, int]:
 
 def unsteady(session: Session, table_id: str) -> int:
     """How many layers and networks of a table have an uncertain median."""
-    uncertain = (Measurement.steady.is_(False), Measurement.kind != WorkKind.CANARY)
-    query = select(func.count()).where(Measurement.table_id == table_id, *uncertain)
+    query = select(func.count()).where(Measurement.table_id == table_id, Measurement.kind != WorkKind.CANARY)
+    query = query.where(Measurement.steady.is_(False))
     return session.scalars(query).one()
 
 
@@ -183,14 +119,6 @@ def current_fingerprint(session: Session, device: Device) -> Fingerprint | None:
     """What the device's agent runs on, as it said last."""
     table = current_table(session, device)
     return session.get(Fingerprint, table.fingerprint_id) if table else None
-
-
-def batch(session: Session, device: Device) -> int:
-    """Images of a run on a device: those of all seconds in its current table."""
-    fingerprint = current_fingerprint(session, device)
-    facts = fingerprint.facts if fingerprint else {}
-    found = facts.get("facts", facts).get("batch")
-    return found if isinstance(found, int) and found > 0 else 1
 
 
 def load_table(session: Session, device_name: str, statistic: Statistic = Statistic.P50) -> LatencyTable:
@@ -218,7 +146,7 @@ def pricing_table(session: Session, device_name: str, space: Space, statistic: S
         NotCalibrated: the table cannot tell another statistic.
     """
     table = load_table(session, device_name, statistic)
-    if statistic is not Statistic.P50 and space.key not in table.fits:
+    if statistic is not Statistic.P50 and table.fit(space) is None:
         raise NotCalibrated(device_name, space.key, statistic)
     return table
 

@@ -13,11 +13,15 @@ from service.store.models import TERMINAL, Dataset, Job, PruningNet
 NAMED = select(PruningNet, Dataset.name).join(Dataset, Dataset.id == PruningNet.dataset_id)
 
 
-def find(session: Session, family: str, least: float, most: float, job_id: str) -> PruningNet | None:
-    """A net of a family whose band holds these FLOPs of uniform networks: trained, or being trained by a live job."""
-    query = select(PruningNet).where(
-        PruningNet.family == family, PruningNet.band_low <= least, PruningNet.band_high >= most
-    )
+def find(
+    session: Session, family: str, least: float, most: float, job_id: str, key: str | None = None
+) -> PruningNet | None:  # fmt: skip
+    """A net of a family whose band holds these FLOPs of uniform networks, or that of a key, if it is not None.
+
+    It is trained, or being trained by a live job.
+    """
+    band = (PruningNet.family == family, PruningNet.band_low <= least, PruningNet.band_high >= most)
+    query = select(PruningNet).where(*band) if key is None else select(PruningNet).where(PruningNet.key == key)
     nets = session.scalars(query.order_by(PruningNet.ready.desc(), PruningNet.created_at, PruningNet.key))
     return next((net for net in nets if _usable(session, net, job_id)), None)
 

@@ -21,7 +21,7 @@ from latency_profiler.cost import Ints, Statistic
 from latency_profiler.errors import MissingLatencies, NotCalibrated
 from latency_profiler.lookup_table import Floats, LatencyModel, LatencyTable
 from latency_profiler.spaces.registry import get_space
-from latency_profiler.spaces.space import Space
+from latency_profiler.spaces.space import Space, other_last
 from service.store import devices, measurements, work
 from service.store.bulk import upsert, upsert_columns
 from service.store.models import (
@@ -76,7 +76,8 @@ def _counts(session: Session) -> dict[str, int]:
 def _source(session: Session, table_id: str, space_key: str) -> str:
     """Layers of a table are only ever added, so their number says which there are."""
     layers = select(func.count()).where(Measurement.table_id == table_id, Measurement.kind == WorkKind.LAYER)
-    found = [measurements.fits(session, table_id, statistic).get(space_key) for statistic in Statistic]
+    fits_of = [measurements.fits(session, table_id, statistic) for statistic in Statistic]
+    found = [fits.get(key) for fits in fits_of for key in (space_key, other_last(space_key))]
     fits = measurements.canonical_sha([asdict(fit) if fit else None for fit in found])
     return f"{table_id}:{session.scalars(layers).one()}:{fits[:32]}"
 

@@ -189,3 +189,15 @@ def test_events_of_an_unknown_job_are_refused_at_once() -> None:
     server = Server(httpx2.Response(404, json={"detail": "no job 'j'"}))
     with pytest.raises(ServiceError, match="no job"):
         list(server.client.events("j"))
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_names_that_lead_elsewhere_are_not_sent(name: str) -> None:
+    for ask in (Client("http://127.0.0.1:9").job, Client("http://127.0.0.1:9").device):
+        with pytest.raises(InvalidInput, match="is no name"):
+            ask(name)
+
+
+def test_an_idempotency_key_that_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="is no Idempotency-Key"):
+        Client("http://127.0.0.1:9").submit({}, idempotency_key="é")

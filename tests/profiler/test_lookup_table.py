@@ -189,7 +189,10 @@ def test_a_fit_is_overhead_and_slope() -> None:
     prices.fits[space.key] = Fit(2e-5, 0.9, 8, 8, 0.01, 0.02)
     price = prices.price(space, channels)
     assert (price.seconds, price.overhead) == (pytest.approx(2e-5 + 0.9 * plain), 2e-5)
-    assert prices.price(get_space("resnet20", 32, 1.0, 10, free_last=True), channels).seconds == plain
+    other = get_space("resnet20", 32, 1.0, 100)
+    before = table(plan_layers(other, 4)).price(other, channels).seconds
+    prices.entries |= table(plan_layers(other, 4)).entries
+    assert LatencyTable("bench", "f", prices.entries, prices.fits).price(other, channels).seconds == before
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet20", "vgg16"])
@@ -222,3 +225,19 @@ def test_tables_survive_json_and_are_checked() -> None:
     prices.fits["space"] = Fit(1e-5, 0.9, 8, 8, 0.01, 0.02, terms={"moonlight": 1.0})
     with pytest.raises(InvalidInput, match="unknown terms of a fit: moonlight"):
         LatencyTable.from_json(prices.to_json())
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_what_was_fitted_holds_for_the_same_networks_whether_their_last_layer_is_free_or_fixed(free: bool) -> None:
+    fitted, other = (get_space("resnet20", 8, 1.0, 10, free_last) for free_last in (free, not free))
+    prices = table(plan_layers(fitted))
+    plain = prices.price(other, other.channels(other.largest)).seconds
+    prices.fits[fitted.key] = Fit(2e-5, 0.9, 8, 8, 0.01, 0.02)
+    assert prices.price(other, other.channels(other.largest)).seconds == pytest.approx(2e-5 + 0.9 * plain)
+    channels = random_channels(other, 5)
+    slow = [prices.price(other, row).seconds for row in channels.tolist()]
+    assert LatencyModel(prices, other).seconds(channels).tolist() == slow
+    prices.fits[other.key] = Fit(1e-3, 1.0, 8, 8, 0.01, 0.02)
+    assert prices.price(other, other.channels(other.largest)).seconds == pytest.approx(1e-3 + plain), (
+        "its own comes first"
+    )

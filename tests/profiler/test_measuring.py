@@ -11,7 +11,15 @@ import pytest
 from latency_profiler import measuring
 from latency_profiler.cost import layer_parameters
 from latency_profiler.layers import Layer
-from latency_profiler.measuring import APART, GROUP_SIZE, LEAST_SECONDS, failure, measure_groups, measure_work
+from latency_profiler.measuring import (
+    APART,
+    GROUP_SIZE,
+    LEAST_SECONDS,
+    VISITS,
+    failure,
+    measure_groups,
+    measure_work,
+)
 from latency_profiler.runtimes.base import Settings
 from latency_profiler.runtimes.simulated import Simulated
 from latency_profiler.timing import TAIL, Stopwatch
@@ -235,9 +243,23 @@ def test_visits_end_when_one_fails_or_the_agent_is_stopped() -> None:
     assert result["seconds"] == 1.0
     [result] = measure_groups(Moody(None), [network_item(1)], np.random.default_rng(0))
     assert result["error"] == "lost"
-    stopped = Moody((1.0, 1.0))
-    [result] = measure_groups(stopped, [network_item(1)], np.random.default_rng(0), again=lambda: False)
-    assert result["seconds"] == 1.0
+
+
+def test_a_network_that_was_visited_too_few_times_when_the_agent_stops_has_no_result() -> None:
+    """It would stand for good: the first measurement of a key does."""
+    visited = list[int]()
+
+    def moody(items: Sequence[Json], seed: int) -> list[Json]:
+        visited.append(len(items))
+        return machine(items, seed)
+
+    for visits, kept in ((1, 0), (VISITS - 1, 0), (VISITS, 1)):
+        visited.clear()
+        machine = Moody(*[(1.0, 1.0)] * VISITS)
+        results = measure_groups(
+            moody, [network_item(1)], np.random.default_rng(0), again=lambda: len(visited) < visits  # noqa: B023
+        )  # fmt: skip
+        assert len(results) == kept
 
 
 def test_a_second_measurement_that_fails_or_has_no_time_leaves_the_first() -> None:

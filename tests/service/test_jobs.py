@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select
+from sqlalchemy.exc import InvalidRequestError
 
 from latency_profiler.cost import flops
 from latency_profiler.lookup_table import Entry, LatencyTable
 from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import broker
-from service.store import devices, exchange, jobs, structures
+from service.store import datasets, devices, exchange, jobs, structures
 from service.store.candidates import Judged, record_generation
 from service.store.models import Job, JobState
 from service.store.session import snapshot, transaction
+from service.submission import FEWEST
 
 REQUEST: dict[str, Any] = {
     "space": "mobilenet_v1", "image_size": 8, "width": 0.25, "dataset": "digits", "effort": "smoke",
@@ -93,6 +95,27 @@ def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -
     assert submit(client, search={"strategy": "luck"}).status_code == 422
 
 
+def test_too_few_images_are_refused_before_a_worker_begins(client: TestClient) -> None:
+    with transaction() as session:
+        datasets.add(
+            session, "few", "folder", None, classes=2, image_size=8, train_images=FEWEST - 1, test_images=1
+        )  # fmt: skip
+    answer = submit(client, dataset="few")
+    assert (answer.status_code, count_jobs()) == (422, 0)
+    assert "'few' has 9 training images; at least 10 are needed" in answer.json()["detail"]
+
+
+def test_what_users_read_of_a_job_leaves_out_what_grows_with_every_candidate(client: TestClient) -> None:
+    job_id = submit(client).json()["id"]
+    with snapshot() as session:
+        for job in (jobs.get(session, job_id, memory=False), *jobs.newest(session, limit=1)):
+            assert job.id == job_id
+            with pytest.raises(InvalidRequestError, match="raiseload"):
+                _ = job.memory
+    with snapshot() as session:
+        assert jobs.get(session, job_id).memory == {}
+
+
 def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient) -> None:
     answer = submit(client, training={"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.02})
     assert answer.status_code == 422
@@ -121,6 +144,8 @@ def test_weight_decay_that_makes_weights_oscillate_is_refused(client: TestClient
         ({"method": "collaborative", "collaborative": {"ratios": [0.5, 0.5]}}, "genes"),
         ({"method": "magnitude", "magnitude": {"qualities": {"nowhere": 1.0}}}, "nowhere"),
         ({"method": "luck"}, "metapruning"),
+        ({"start": "0" * 32}, "name a pruning method"),
+        ({"training": {"band": [1.0, 1.0]}}, "too narrow"),
     ],
 )  # fmt: skip
 def test_what_a_method_cannot_do_is_refused(client: TestClient, changes: dict[str, Any], said: str) -> None:

@@ -21,7 +21,7 @@ from latency_profiler.lookup_table import Entry, Fit, LatencyTable
 from latency_profiler.planning import by_expected_error, plan_layers
 from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import Space
-from service.store import agents, datasets, devices, exchange, measurements, work
+from service.store import agents, datasets, devices, exchange, measurements, progress, work
 from service.store.agents import Batch, Outcome
 from service.store.models import Job, JobState, Measurement, Profile, Upload, Work, WorkKind, WorkState
 from service.store.session import transaction
@@ -205,10 +205,10 @@ def test_an_on_demand_profile_sleeps_until_a_job_needs_it(database: str) -> None
     assert lease().works == []
     with transaction() as session:
         device = devices.get(session, "bench")
-        [shown] = measurements.progress(session, device)
+        [shown] = progress.of_device(session, device)
         assert (shown.planned, shown.waiting) == (0, 0)
         assert measurements.request_for_job(session, device, SPACE_ARGUMENTS).id == profile.id
-        [shown] = measurements.progress(session, device)
+        [shown] = progress.of_device(session, device)
         assert shown.planned == shown.waiting == len(layer_keys(4)) + CALIBRATION
     assert {item.key for item in lease().works if item.kind is WorkKind.LAYER} == layer_keys(4)
     assert lease(facts=OTHER_FACTS).works == [], "a new table is not filled for nobody"

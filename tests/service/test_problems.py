@@ -12,8 +12,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.api import spaces, traffic
 from service.api.problems import Problem
-from service.api.traffic import MAX_BODY
-from service.store import jobs
+from service.api.traffic import FREE_BODY, MAX_BODY
+from service.store import jobs, keys
+from service.store.session import transaction
 
 
 def check(answer: Any, status: int, kind: str | None = None) -> Problem:
@@ -60,6 +61,25 @@ def test_a_large_body_is_parsed_for_those_who_may_send_it_only(
     assert answer["status"] == status
     assert taken == (9 if status == 413 else 12)
     assert ("of this size needs an API key" in answer["detail"]) is (status == 401), "parsed before it was refused"
+
+
+@pytest.mark.parametrize(("size", "scope", "status", "said"), [
+    (FREE_BODY, None, 401, "send your API key"), (FREE_BODY + 1, None, 401, "of this size needs an API key"),
+    (MAX_BODY, "read", 403, "this needs an API key"), (MAX_BODY + 1, "read", 403, "of this size needs an API key"),
+    (MAX_BODY + 1, "submit", 422, ""),
+])  # fmt: skip
+def test_larger_bodies_are_parsed_for_those_alone_who_may_write(
+    client: TestClient, size: int, scope: str | None, status: int, said: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    if scope:
+        with transaction() as session:
+            headers["Authorization"] = f"Bearer {keys.create_key(session, 'k', [scope])[1]}"
+    else:
+        del client.headers["Authorization"]
+    answer = client.put("/v1/devices/d/lookup-table", content=b"{}" + b" " * (size - 2), headers=headers)
+    assert answer.status_code == status
+    assert said in answer.json()["detail"]
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from sqlalchemy import select, update
 
 from latency_profiler.calibration import HELD_OUT, MOST_MARGIN, MOST_MEAN_ERROR, REPEATED, Trust, fit_networks, judge
 from latency_profiler.lookup_table import Fit
-from service.store import agents, canaries, devices, measurements
+from service.specs import JobRequest
+from service.store import agents, canaries, datasets, devices, jobs, measurements, progress
 from service.store.agents import Batch, Outcome
 from service.store.models import Host, LookupTable, Measurement, Work, WorkKind, WorkState, now
 from service.store.session import transaction
@@ -181,6 +182,24 @@ def test_as_many_connections_are_remembered_as_there_is_room_for(database: str) 
     assert checked(first.work()), "forgotten since"
 
 
+def test_nobody_measures_networks_for_a_job_that_has_ended(database: str) -> None:
+    register(points=3)
+    Machine().work()
+    with transaction() as session:
+        device, job_ids = devices.get(session, "bench"), []
+        dataset = datasets.add(session, "few", "npz", None, classes=10, image_size=8, train_images=9, test_images=9)
+        request = JobRequest(space=SPACE.name, dataset="few", constraints=[{"metric": "flops", "max": 10**9}])
+        for _ in range(2):
+            job = jobs.submit(session, request, space_key=SPACE.key, dataset_id=dataset.id, created_by=None)
+            job_ids.append(job.id)
+            purpose = f"check-{job.id}-0"
+            measurements.request_networks(session, device, [(SPACE, SPACE.channels(SPACE.largest), purpose)])
+    with transaction() as session:
+        jobs.request_cancel(session, job_ids[0])
+    [key] = Machine("second").work()
+    assert job_ids[1] in key
+
+
 def test_unsteady_canaries_are_no_unsteady_entries_of_the_table(database: str) -> None:
     register(points=3)
     Machine("a").work()
@@ -205,8 +224,8 @@ def test_what_is_left_takes_as_long_as_it_took_lately(database: str) -> None:
             values = {"created_at": now() - ago}
             session.execute(update(Measurement).where(Measurement.upload_id == upload).values(values))
         with transaction() as session:
-            [progress] = measurements.progress(session, devices.get(session, "bench"))
-            left.append(progress.seconds_left and progress.seconds_left / progress.waiting)
+            [one] = progress.of_device(session, devices.get(session, "bench"))
+            left.append(one.seconds_left and one.seconds_left / one.waiting)
     assert left == [None, pytest.approx(100 / 20, rel=0.1), pytest.approx(100 / 40, rel=0.1)]
 
 

@@ -1,7 +1,9 @@
 """What whole jobs search by within milliseconds: tables that are filled first, and prices that soundings correct."""
 
+from dataclasses import replace
+
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from latency_profiler.cost import layer_flops
 from latency_profiler.errors import InfeasibleConstraint
@@ -13,9 +15,10 @@ from service.settings import get_settings
 from service.store import agents, devices, exchange, measurements
 from service.store.agents import Outcome
 from service.store.candidates import space_arguments
-from service.store.models import JobEvent, JobState, Work, WorkKind
+from service.store.models import Device, JobEvent, JobState, Work, WorkKind
 from service.store.session import transaction
 from tests.workers.whole_jobs import FACTS, SHORT, SPACE, Bench, Console, latency_bound, later, read, run, submit, take
+from workers.steps import measuring
 from workers.steps.advance import advance
 from workers.steps.context import Context
 
@@ -202,6 +205,28 @@ def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
     assert advance(context, read(job_id)).wait is None
     job = read(job_id)
     assert (job.state, job.memory["corrections"], job.memory["margins"]) == (JobState.TRAINING, {}, margins)
+    assert "not all devices measured 12 networks in 120 s" in job.warnings[-1]
+
+
+def test_networks_of_a_slow_device_are_waited_for_longer_while_it_is_there(world: None) -> None:
+    """A network of a tenth of a second takes a minute in three visits."""
+    bench = Bench()
+    bench.measure()
+    job_id = submit(latency_bound(0.5))
+    context = Context(take(job_id), get_settings(), Console())
+    while not read(job_id).memory.get("sounded"):
+        if advance(context, read(job_id)).wait is not None:
+            bench.measure()
+    memory, networks = read(job_id).memory, [SPACE.channels(SPACE.smallest), SPACE.channels(SPACE.largest)]
+    assert measuring.patience(context, memory, networks) == measuring.LEAST_PATIENCE
+    slow = memory | {"corrections": {"bench": 1e5}}
+    seconds = sum(context.budget_of(memory).predict(channels)["bench"] for channels in networks)
+    wider = [replace(bound, maximum=1e5 * bound.maximum) for bound in context.constraints]
+    context.__dict__["constraints"] = wider
+    assert measuring.patience(context, slow, networks) == pytest.approx(1e5 * measuring.RUNS * seconds)
+    with transaction() as session:
+        session.execute(update(Device).values(beat_at=Device.beat_at - 1000))
+    assert measuring.patience(context, slow, networks) == measuring.LEAST_PATIENCE
 
 
 def test_an_impossible_latency_is_refused_once_the_table_is_there(world: None) -> None:

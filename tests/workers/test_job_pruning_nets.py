@@ -101,6 +101,29 @@ def test_files_that_are_lost_or_damaged_are_made_again(world: None, damage: Call
         assert checkpoints.intact(blobs.blob_path(sha256), sha256)
 
 
+def test_a_job_that_loses_the_net_it_searches_with_trains_that_one_again_and_no_other(world: None) -> None:
+    """It took over another job's, whose band is not what its own budget asks for."""
+    first = run(submit(flops_bound(0.4)))
+    assert first.result is not None
+    undisturbed = run(submit(flops_bound(0.3), name="undisturbed"))
+    assert undisturbed.result is not None
+    job_id = submit(flops_bound(0.3), name="disturbed")
+    context = Context(take(job_id), get_settings(), Console())
+    while not (read(job_id).memory.get("evolution") or {}).get("judged"):
+        advance(context, read(job_id))
+    with transaction() as session:
+        checkpoint = session.get_one(PruningNet, first.result["pruning_net"]).checkpoint
+    assert checkpoint is not None
+    blobs.blob_path(checkpoint).unlink()
+    disturbed = run(job_id)
+    assert disturbed.result is not None
+    assert disturbed.result["pruning_net"] == first.result["pruning_net"]
+    assert "lost" not in disturbed.memory
+    for role in ("winner", "uniform"):
+        assert disturbed.result[role]["channels"] == undisturbed.result[role]["channels"]
+    assert blobs.blob_path(checkpoint).is_file(), "with the same bits"
+
+
 def test_a_job_waits_while_another_one_makes_its_damaged_pruning_net_again(world: None) -> None:
     done = run(submit(flops_bound(0.4)))
     assert done.result is not None

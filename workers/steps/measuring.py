@@ -11,7 +11,7 @@ from latency_profiler.cost import latency_name, split_latency
 from latency_profiler.errors import MeasurementFailed, SecateursError
 from service.store import devices, jobs, measurements
 from service.store.models import Job
-from service.store.session import transaction
+from service.store.session import snapshot, transaction
 from workers.steps.context import Context
 
 Measured = tuple[Sequence[int], Mapping[str, float]]
@@ -22,6 +22,12 @@ SHY_ROUNDS = 2
 """In so many of them a winner that leaves budget unused is a reason to search on."""
 SAFETY = 1.005
 """A corrected prediction lies this much above the measurement that corrected it."""
+
+
+LEAST_PATIENCE = 120.0
+"""Seconds for which networks are waited for that a search can do without, or more where they take longer."""
+RUNS = 300
+"""Of one network in three visits: some fifty each, and as much again for loading and for what others measure."""
 
 
 class BudgetBroken(SecateursError):
@@ -38,6 +44,17 @@ class BudgetBroken(SecateursError):
             f"after {last['round'] + 1} searches the winner still breaks its budget when measured on {last['device']}: "
             f"it took {last['measured_ms']:.4g} ms, {last['max_ms']:.4g} ms are allowed"
         )
+
+
+def patience(context: Context, memory: dict[str, Any], networks: Collection[Sequence[int]]) -> float:
+    """Seconds for which networks of these channels are waited for: as long as devices that are there need for them."""
+    names = {split_latency(name)[0] for name in context.constrained}
+    with snapshot() as session:
+        if not names or not all(devices.alive(session, devices.get(session, name)) for name in names):
+            return LEAST_PATIENCE
+    budget = context.budget_of(memory)
+    seconds = sum(max(budget.predict(channels, context.constrained).values()) for channels in networks)
+    return max(LEAST_PATIENCE, RUNS * seconds)
 
 
 def look(

@@ -45,8 +45,6 @@ DRAWN = 64
 """Structures that say how many multiply-adds a budget in milliseconds allows."""
 SOUNDED = 12
 """Networks that tell how far prices are off where a job searches; fewer than half of them tell nothing."""
-SOUND_SECONDS = 120.0
-"""How long a job waits for that: it can do without."""
 
 
 def begin(context: Context, job: Job) -> Outcome:
@@ -117,6 +115,7 @@ def _sound(context: Context, job: Job) -> Outcome:
     """Correct prices by what the drawn networks take, and go on."""
     memory = dict(job.memory)
     networks, found = {context.space.digest(channels): channels for channels in memory["sounded"]}, {}
+    patience = measuring.patience(context, memory, networks.values())
     with transaction() as session:
         with suppress(MeasurementFailed):  # the search can do without them
             found = measuring.tried(session, context, f"sound-{job.id}", networks)
@@ -126,7 +125,7 @@ def _sound(context: Context, job: Job) -> Outcome:
             memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
     lacking = any(len(measured) < len(context.constrained) for measured in found.values())
-    if lacking and moment - memory["since"] < SOUND_SECONDS:
+    if lacking and moment - memory["since"] < patience:
         context.console.say({"phase": "profiling", "waits_for": list(context.constrained)})
         return FOR_DEVICE
     sounded = _corrections(context, memory, networks, found)
@@ -135,6 +134,9 @@ def _sound(context: Context, job: Job) -> Outcome:
         "margins": memory["margins"] | {name: one["margin"] for name, one in sounded.items()}, "since": None,
     }  # fmt: skip
     _, warnings = _budget(context, memory) if sounded else (None, [])
+    if lacking:
+        warnings = [*warnings, f"not all devices measured {len(networks)} networks in {patience:.0f} s; prices of the "
+                    "search are corrected by what they measured, or not at all"]  # fmt: skip
     return _go_on(context, job, memory, warnings, verdicts, sounded)
 
 

@@ -31,8 +31,6 @@ LEAST_USED = 0.93
 is too pessimistic; one that uses less of the budget but takes what was predicted is just what the search has found."""
 SHORTLIST = 8
 """At least so many of the best structures are measured to find the winner; of a front, only its first."""
-CHECK_SECONDS = 120.0
-"""How long the search waits for that; the measurement in `verifying` decides."""
 
 
 def step(context: Context, job: Job) -> Outcome:
@@ -118,6 +116,7 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     if not listed:  # corrections have made all that was judged infeasible, and nothing else was found
         raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
     memory = dict(job.memory)
+    patience = measuring.patience(context, memory, listed.values())
     with transaction() as session:
         moment = clock(session)
         found = measuring.tried(session, context, measuring.purpose(job, "check"), listed)
@@ -125,7 +124,7 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
             memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
         whole = _whole(context, found)
-        if len(whole) < len(found) and moment - memory["since"] < CHECK_SECONDS:
+        if len(whole) < len(found) and moment - memory["since"] < patience:
             return FOR_DEVICE
         if not whole and memory.get("again"):  # what was doubted stands where nothing refutes it
             found = measuring.tried(session, context, measuring.purpose(job, "check", False), listed)
@@ -138,13 +137,18 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
             return MOVED
         over = {name: maximum for allowed in broken.values() for name, maximum in allowed.items()}
         return search_on(context, job, networks, over)
-    held = held or list(found)  # no device has measured any in time
+    unmeasured = f"{', '.join(context.constrained)} measured none of the search's best structures in {patience:.0f} s"
+    warnings = [] if held else [f"{unmeasured}: what is retrained may break the budget"]
+    held = held or list(found)
     if unused := _unused(context, job, search, networks, found[held[0]]):
         return search_on(context, job, networks, unused, shy=True)
     refused = {one for one in listed if broken.get(one, True)}
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused, held)]
     with transaction() as session:
-        jobs.save_step(session, context.claim, **turns.hand_on(context, job, queue))
+        for warning in warnings:
+            jobs.add_event(session, job.id, "warning", {"detail": warning})
+        changes = turns.hand_on(context, job, queue)
+        jobs.save_step(session, context.claim, **changes, warnings=[*job.warnings, *warnings])
     return MOVED
 
 

@@ -20,17 +20,20 @@ from workers.training import PruningNetTrainer, TrainingSettings
 
 def step(context: Context, job: Job) -> Outcome:
     """Reuse a trained net if there is one; else train for a slice, unless another job does."""
-    family, band = _family(context), _band(context, job)
+    family, band, lost = _family(context), _band(context, job), job.memory.get("lost")
     with transaction() as session:
-        found = None if "net" in job.memory else pruning_nets.find(session, family, *_range(job), job.id)
+        if lost is not None:
+            before = pruning_nets.get(session, lost)
+            band = before.band_low, before.band_high
+        found = None if "net" in job.memory else pruning_nets.find(session, family, *_range(job), job.id, lost)
         if found is not None and not found.ready:
             return FOR_JOB
         if found is not None:
-            memory = {**job.memory, "net": found.key, "reused": True}
+            memory = _with(job, found.key, reused=True, trained=True)
             alike = job.reproducible and found.progress.get("environments") == [context.environment]
             jobs.save_step(session, context.claim, state=JobState.SEARCHING, memory=memory, reproducible=alike)
             return MOVED
-        key = _digest([family, list(band)])
+        key = lost or _digest([family, list(band)])
         net = pruning_nets.join(
             session, key, job.id, family=family, space_key=context.space.key, dataset_id=job.dataset_id,
             settings=context.spec.training.model_dump(), band_low=band[0], band_high=band[1],
@@ -51,10 +54,10 @@ class DamagedNet(DamagedCheckpoint):
 
 
 def anew(context: Context, job: Job, error: DamagedNet) -> Outcome:
-    """Back to training, without the damaged file; what the job has judged so far, an equal net would judge alike."""
+    """Back to training, without the damaged file, of the same net again: it judges as it has judged so far."""
     with transaction() as session:
         net = pruning_nets.get(session, job.memory["net"])
-        memory = {name: value for name, value in job.memory.items() if name != "net"}
+        memory = {name: value for name, value in job.memory.items() if name != "net"} | {"lost": net.key}
         jobs.add_event(session, job.id, "warning", {"detail": f"the PruningNet is trained anew: {error}"})
         jobs.save_step(session, context.claim, state=JobState.TRAINING, memory=memory)
     if (sha256 := net.checkpoint) is not None and not checkpoints.intact(blobs.blob_path(sha256), sha256):
@@ -89,12 +92,18 @@ def _train(
         blobs.register(session, sha256)
         pruning_nets.save(session, key, checkpoint=sha256, progress=saved, ready=ready)
         changes = {"state": JobState.SEARCHING} if ready else {}
-        memory = {**job.memory, "net": key, "reused": False}
+        memory = _with(job, key, reused=False, trained=ready)
         jobs.save_step(session, context.claim, memory=memory, progress=progress(), **changes)
         dropped = blobs.discard(session, old) if old != sha256 else None
     blobs.remove(dropped)
     context.forget("trainer") if ready else context.rename("trainer", [key, sha256])
     return MOVED
+
+
+def _with(job: Job, net: str, *, reused: bool, trained: bool) -> dict[str, Any]:
+    """The job's memory with its net; of a trained one nothing is lost any more."""
+    memory = {name: value for name, value in job.memory.items() if not (trained and name == "lost")}
+    return memory | {"net": net, "reused": reused}
 
 
 def _trainer(
