@@ -196,7 +196,7 @@ def test_nobody_measures_networks_for_a_job_that_has_ended(database: str) -> Non
             measurements.request_networks(session, device, [(SPACE, SPACE.channels(SPACE.largest), purpose)])
     with transaction() as session:
         jobs.request_cancel(session, job_ids[0])
-    [key] = Machine("second").work()
+    [key] = [key for key in Machine("second").work() if not checked([key])]
     assert job_ids[1] in key
 
 

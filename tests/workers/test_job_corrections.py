@@ -136,6 +136,22 @@ def test_a_network_that_nobody_has_measured_has_held_no_budget(
         assert winner["structure_id"] not in bench.skipped
 
 
+@pytest.mark.parametrize(("factor", "share"), [(1.0, 1.0), (0.94, 1.05)])
+def test_the_baseline_is_the_widest_uniform_network_that_holds_the_budget_when_it_is_measured(
+    world: None, factor: float, share: float
+) -> None:
+    """Where networks take less than their prices, another one would leave budget unused."""
+    bench = Bench(lambda purpose: factor if purpose.startswith(("check", "verify")) else 1.0)
+    job_id = submit(latency_bound(0.5), search=SHORT)
+    job = run(job_id, bench)
+    assert job.result is not None
+    guest = Context(jobs.Claim(job_id, "guest", 0), get_settings(), Console(), guest=True)
+    budget = guest.search_budget(job.memory)
+    assert tuple(job.result["uniform"]["channels"]) == budget.uniform(share)
+    assert (budget.uniform(share) == budget.uniform()) is (share == 1.0)
+    assert job.result["uniform"]["measured_ms"]["bench"] <= latency_bound(0.5)["max_ms"]
+
+
 def test_a_broken_budget_that_nothing_refutes_stands(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(lambda purpose: 1.3 if purpose.startswith("verify") else 1.0)
     late, job_id = later(monkeypatch, "verifying"), submit(latency_bound(0.5), search=SHORT)
@@ -152,7 +168,7 @@ def test_a_broken_budget_that_nothing_refutes_stands(world: None, monkeypatch: p
 @pytest.mark.parametrize(("slow", "failing"), [(0, 0), (3, 0), (0, 3), (2, 2)])
 def test_the_winner_is_the_best_that_holds_its_budget_when_it_is_measured(world: None, slow: int, failing: int) -> None:
     bench = Partial(slow, failing)
-    job = run(submit(latency_bound(0.5), retraining={"top": 2}), bench)
+    job = run(submit(latency_bound(0.5), retraining={"top": 2}, baselines=False), bench)
     assert job.state is JobState.SUCCEEDED
     assert job.result is not None
     assert (len(bench.checked), job.result["rounds"]) == (8, 1)

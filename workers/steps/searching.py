@@ -6,12 +6,14 @@ next measurement may differ by.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from sqlalchemy.orm import Session
 
 from latency_profiler.cost import Metric, split_latency
-from latency_profiler.errors import InfeasibleConstraint, NothingFeasible
+from latency_profiler.errors import InfeasibleConstraint, MeasurementFailed, NothingFeasible
 from service.store import candidates, chunks, devices, jobs
 from service.store.candidates import Judged
 from service.store.models import Job, Role, clock
@@ -29,6 +31,9 @@ from workers.steps.outcome import FOR_DEVICE, MOVED, Outcome
 LEAST_USED = 0.93
 """A winner whose first measurement is under this share of the prediction, and of the budget, shows that the prediction
 is too pessimistic; one that uses less of the budget but takes what was predicted is just what the search has found."""
+UNIFORM_SHARES = (0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
+"""Of a budget in milliseconds that uniform networks use by their prices, which are measured with the best structures:
+the widest that holds the budget is the baseline. By its price alone one was seen to leave 17 % of a budget unused."""
 SHORTLIST = 8
 """At least so many of the best structures are measured to find the winner; of a front, only its first."""
 
@@ -116,10 +121,12 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     if not listed:  # corrections have made all that was judged infeasible, and nothing else was found
         raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
     memory = dict(job.memory)
+    uniforms = _uniform_networks(context, job, search)
     patience = measuring.patience(context, memory, listed.values())
     with transaction() as session:
         moment = clock(session)
         found = measuring.tried(session, context, measuring.purpose(job, "check"), listed)
+        fast = _fast(session, context, job, uniforms)
         if not memory.get("since"):
             memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
@@ -143,7 +150,7 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
     if unused := _unused(context, job, search, networks, found[held[0]]):
         return search_on(context, job, networks, unused, shy=True)
     refused = {one for one in listed if broken.get(one, True)}
-    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused, held)]
+    queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused, held, fast)]
     with transaction() as session:
         for warning in warnings:
             jobs.add_event(session, job.id, "warning", {"detail": warning})
@@ -155,6 +162,25 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
 def _whole(context: Context, found: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Those that every device that is constrained has measured."""
     return [one for one, measured in found.items() if len(measured) == len(context.constrained)]
+
+
+def _uniform_networks(context: Context, job: Job, search: Evolution) -> dict[str, tuple[int, ...]]:
+    """Structure id → channels of uniform networks around a budget in milliseconds, the narrowest first."""
+    if isinstance(search, Front) or not context.constrained or not context.spec.baselines:
+        return {}
+    budget = _budget(context, job)
+    return {context.space.digest(channels): channels for channels in map(budget.uniform, UNIFORM_SHARES)}
+
+
+def _fast(
+    session: Session, context: Context, job: Job, uniforms: Mapping[str, tuple[int, ...]]
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """Those that hold the budget, as far as all devices have measured them; what lacks is asked for."""
+    with suppress(MeasurementFailed):
+        found = measuring.tried(session, context, measuring.purpose(job, "check"), uniforms)
+        noise = job.memory.get("noise", {})
+        return [uniforms[one] for one in _whole(context, found) if not measuring.off(context, found[one], noise=noise)]
+    return []
 
 
 def _shortlist(context: Context, search: Evolution) -> dict[str, tuple[int, ...]]:
@@ -219,9 +245,10 @@ def search_on(
 
 
 def _queue(
-    context: Context, job: Job, search: Evolution, refused: Collection[str], held: Collection[str]
-) -> list[turns.Trial]:
-    """What to retrain: the best distinct structures, uniform networks and random ones.
+    context: Context, job: Job, search: Evolution, refused: Collection[str], held: Collection[str],
+    fast: Sequence[tuple[int, ...]],
+) -> list[turns.Trial]:  # fmt: skip
+    """What to retrain: the best distinct structures, uniform networks (the last that is `fast` enough) and random ones.
 
     Where finalists are asked for, they are those of the shortlist that have held the budget.
     """
@@ -237,7 +264,7 @@ def _queue(
         channels = space.channels(encoding)
         queue.append(turns.trial(context, role, METAPRUNING, channels, rank=rank, encoding=encoding, proxy=proxy))
     if context.spec.baselines:
-        for rank, uniform in enumerate(_uniforms(_budget(context, job), search, best)):
+        for rank, uniform in enumerate(fast[-1:] or _uniforms(_budget(context, job), search, best)):
             queue.append(turns.trial(context, Role.UNIFORM, context.spec.method, uniform, rank=rank))
     for rank, encoding in enumerate(fidelity.draw(context, job)):
         channels = space.channels(encoding)
