@@ -15,7 +15,10 @@ from typing import Any
 import jobs
 
 RANDOM = {"strategy": "random", "generations": 20, "population": 50}
-OPERATORS: dict[str, dict[str, Any]] = {"screened": {}, "published": {"repair": False, "screening": 1}}
+OPERATORS: dict[str, dict[str, Any]] = {
+    "screened": {},
+    "published": {"repair": False, "screening": 1, "mutation_probability": 0.1},
+}
 SHORT = {"retraining": {"epochs": 1, "finalists": 1}, "baselines": False}
 
 

@@ -7,11 +7,13 @@
 
 Each seed is two jobs of a running service with one PruningNet: evolution with the uniform width as its baseline, and
 random search with as many candidates. All winners are trained from scratch with the same settings and scored once on
-the test set. A cell's file is written after every seed; run again, the script goes on where it was (see jobs.py).
+the test set. A cell's file is written after every seed; run again, the script goes on where it was (see jobs.py), and
+measures no seed again that the file has.
 """
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -68,8 +70,13 @@ def main() -> None:
     with service() as client:
         request = common | _request(client, CELLS[options.cell])
         for seed in options.seeds:
-            jobs = run(client, _requests(request | {"seed": seed}, not options.without_random))
-            _store(options.cell + options.suffix, seed, dict(zip(("evolution", "random"), jobs, strict=False)))
+            asked = request | {"seed": seed}
+            if _is_there(options.cell + options.suffix, asked, not options.without_random):
+                print(f"seed {seed} is there already", file=sys.stderr)
+                continue
+            jobs = run(client, _requests(asked, not options.without_random))
+            found = dict(zip(("evolution", "random"), jobs, strict=False))
+            _store(options.cell + options.suffix, asked, {name: kept(job) for name, job in found.items()})
     _print_table()
 
 
@@ -90,10 +97,19 @@ def _requests(request: Json, random: bool) -> list[Json]:
     return [request, *([request | {"search": search, "baselines": False, "fidelity": {}}] if random else [])]
 
 
-def _store(name: str, seed: int, jobs: dict[str, Json]) -> None:
+def _stored(name: str) -> Json:
     path = RESULTS / f"gain_{name}.json"
-    seeds = json.loads(path.read_text())["seeds"] if path.exists() else {}
-    seeds[str(seed)] = {strategy: kept(job) for strategy, job in jobs.items()}
+    return json.loads(path.read_text())["seeds"] if path.exists() else {}  # type: ignore[no-any-return]
+
+
+def _is_there(name: str, request: Json, random: bool) -> bool:
+    """Whether this was measured before; what an older file holds does not say what was asked."""
+    found = _stored(name).get(str(request["seed"]))
+    return found is not None and found.get("request", request) == request and (not random or "random" in found)
+
+
+def _store(name: str, request: Json, jobs: Json) -> None:
+    seeds = _stored(name) | {str(request["seed"]): {"request": request, **jobs}}
     write(f"gain_{name}", {"cell": name, "seeds": seeds})
 
 
@@ -102,8 +118,7 @@ def _print_table() -> None:
     print("| cell | seeds | winner | uniform | over uniform | over random search |")
     print("|---" * 6 + "|")
     for cell in CELLS:
-        path = RESULTS / f"gain_{cell}.json"
-        seeds = json.loads(path.read_text())["seeds"] if path.exists() else {}
+        seeds = _stored(cell)
         won = [one for one in seeds.values() if one["evolution"]["result"]]
         if won:
             winner, uniform = (mean(_percent(one, "evolution", of) for one in won) for of in ("winner", "uniform"))

@@ -22,7 +22,9 @@ from service.commands.login import connect
 
 Json = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-KEPT = ("state", "space_key", "spec", "seconds", "result", "warnings", "error", "reproducible", "created_at")
+KEPT = (
+    "state", "space_key", "spec", "seconds", "result", "warnings", "error", "reproducible", "environment", "created_at",
+)  # fmt: skip
 POLL = 5.0
 
 
@@ -37,8 +39,9 @@ def run(client: Client, requests: Sequence[Json]) -> list[Json]:
 
 
 def kept(job: Json) -> Json:
-    """What a result file says of a job."""
-    return {name: job[name] for name in KEPT} | {"measured_with": measured_with()}
+    """What a result file says of a job, with the day on which it ended; the machine is this one, as the worker's is."""
+    at = time.strftime("%Y-%m-%d", time.localtime(job["finished_at"]))
+    return {name: job[name] for name in KEPT} | {"measured_with": measured_with() | {"at": at}}
 
 
 def write(name: str, content: Json) -> Path:

@@ -24,7 +24,7 @@ from latency_profiler.spaces.registry import get_space
 from latency_profiler.spaces.space import WEIGHTED, Space
 from service.methods import UNSTRUCTURED
 from service.specs import JobRequest, TrainingSpec, resolve
-from service.store import datasets, jobs, measurements, results, structures
+from service.store import datasets, devices, jobs, measurements, results, structures
 
 FEWEST = 10
 """Training images of a dataset: a fifth of them is split off to judge on, and more than a few must be left."""
@@ -43,7 +43,7 @@ def prepare(session: Session, request: JobRequest) -> Submission:
     """Check a request.
 
     Raises:
-        InvalidInput: it names a space, dataset or device that does not exist.
+        InvalidInput: it names a space, dataset or device that does not exist, or waits for what cannot come.
         NoPruningNet: the space is none that MetaPruning can search.
         InfeasibleConstraint: no structure satisfies a constraint.
     """
@@ -68,11 +68,30 @@ def prepare(session: Session, request: JobRequest) -> Submission:
     for bound in spec.constraints:
         constraint = bound.constraint()
         if not UNSTRUCTURED.issuperset(spec.methods):
+            check_fillable(session, space, constraint)
             check_feasible(space, constraint, _table(session, space, constraint))
         if UNSTRUCTURED.intersection(spec.methods):
             keeps = "interspace" in spec.methods and spec.interspace.keeps_classifier
             check_masks(space.layers(channels), constraint, keeps_classifier=keeps)
     return Submission(spec, space, dataset.id)
+
+
+def check_fillable(session: Session, space: Space, constraint: Constraint) -> None:
+    """Refuse to wait for layers that nobody will measure.
+
+    Raises:
+        InvalidInput: the device's table was imported and lacks some.
+    """
+    if constraint.device is None:
+        return
+    device = devices.get(session, constraint.device)
+    if device.table_id is None or measurements.measured_table(session, device) is not None:
+        return
+    if missing := measurements.layers_missing(session, device.name, space):
+        raise InvalidInput(
+            f"the table of {device.name!r} was imported and lacks {len(missing)} layers of {space.key} ({missing[0]}), "
+            "which nobody can add to it; start the device's agent first, or import a table that has them"
+        )
 
 
 def check_steady(training: TrainingSpec) -> None:

@@ -11,7 +11,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 
 from service import broker
-from service.api.auth import Reader, Submitter, require
+from service.api.auth import Reader, Submitter, Trust, require, trust
 from service.api.pages import Cursor, Limit, Page, decode_cursor, page
 from service.api.problems import responses
 from service.fields import ID, Name
@@ -55,6 +55,8 @@ class JobRead(BaseModel):
     error: dict[str, Any] | None
     cancel_requested: bool
     reproducible: bool
+    environment: dict[str, Any] | None
+    """What the job began with: versions, threads, kernels, code and images; null until it has."""
     created_at: float
     updated_at: float
     finished_at: float | None
@@ -142,6 +144,7 @@ def existing_job(job: JobId, _caller: Reader) -> str:
 @router.get("/{job}/events", response_class=EventSourceResponse, responses=responses(404))
 async def events(
     job_id: Annotated[str, Depends(existing_job)],
+    request: Request,
     last_event_id: Annotated[int, Header(ge=0, lt=2**63, description="go on behind this event")] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """What happens in the job, as server-sent events, from the beginning until it has ended.
@@ -153,7 +156,7 @@ async def events(
     """
     seen, ended = last_event_id, False
     while not ended:
-        news, ended = await to_thread.run_sync(_news, job_id, seen)
+        news, ended = await to_thread.run_sync(_news, job_id, seen, request.headers.get("authorization", ""))
         for event in news:
             yield event
             seen = int(event.id or seen)
@@ -189,6 +192,7 @@ def read(row: Job, seconds: dict[str, float]) -> JobRead:
     return JobRead(
         id=row.id, state=row.state, space_key=row.space_key, spec=row.spec, progress=row.progress, seconds=seconds,
         warnings=row.warnings, result=row.result, error=row.error, reproducible=row.reproducible,
+        environment=row.environment,
         cancel_requested=row.cancel_requested_at is not None, created_at=row.created_at, updated_at=row.updated_at,
         finished_at=row.finished_at, links=links,
     )  # fmt: skip
@@ -214,8 +218,10 @@ def _ring(request: Request) -> None:
     request.app.state.rang = broker.ring()
 
 
-def _news(job_id: str, seen: int) -> tuple[Sequence[ServerSentEvent], bool]:
-    """The next events, and whether the job has ended and these are its last."""
+def _news(job_id: str, seen: int, authorization: str) -> tuple[Sequence[ServerSentEvent], bool]:
+    """The next events, and whether they are the last: the job has ended, or the key is not valid any more."""
+    if trust(authorization) is Trust.STRANGER:
+        return [], True
     with snapshot() as session:
         ended = jobs.get(session, job_id, memory=False).state in TERMINAL
         rows = jobs.events_after(session, job_id, seen)

@@ -17,6 +17,8 @@ def test_a_result_file_says_what_it_was_measured_with_and_when(monkeypatch: pyte
 
 
 def test_each_job_of_a_file_says_it_too() -> None:
-    job = dict.fromkeys(jobs.KEPT) | {"progress": {}}
-    assert jobs.kept(job) == dict.fromkeys(jobs.KEPT) | {"measured_with": jobs.measured_with()}
+    """With the day on which the job ended: a script that is run again later finds it."""
+    job = dict.fromkeys(jobs.KEPT) | {"progress": {}, "finished_at": 86400.0 * 365.5}
+    about = jobs.measured_with() | {"at": "1971-01-01"}
+    assert jobs.kept(job) == dict.fromkeys(jobs.KEPT) | {"measured_with": about}
     assert set(jobs.measured_with()) >= {"machine", "python", "at", "torch", "onnxruntime"}

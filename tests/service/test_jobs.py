@@ -15,7 +15,8 @@ from latency_profiler.lookup_table import Entry, LatencyTable
 from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
 from service import broker
-from service.store import datasets, devices, exchange, jobs, structures
+from service.api.jobs import _news
+from service.store import datasets, devices, exchange, jobs, keys, structures
 from service.store.candidates import Judged, record_generation
 from service.store.models import Job, JobState
 from service.store.session import snapshot, transaction
@@ -93,6 +94,34 @@ def test_a_front_has_one_cost_and_a_lower_bound_of_its_own(client: TestClient) -
         assert refused.status_code == 422
         assert reason in refused.text
     assert submit(client, search={"strategy": "luck"}).status_code == 422
+
+
+def test_layers_that_an_imported_table_lacks_are_not_waited_for(client: TestClient) -> None:
+    space = get_space("mobilenet_v1", 8, 0.25, 10, free_last=True)
+    layers = plan_layers(space)
+    with transaction() as session:
+        device, _ = devices.register(session, "foreign")
+        few = LatencyTable("foreign", "elsewhere", {one.key: Entry(one, 1e-5) for one in layers[:3]})
+        exchange.take(session, device, few.to_json())
+    bound = {"metric": "latency", "device": "foreign", "max_ms": 1.0}
+    answer = submit(client, constraints=[bound])
+    assert (answer.status_code, count_jobs()) == (422, 0)
+    assert "was imported and lacks" in answer.json()["detail"]
+    with transaction() as session:
+        whole = LatencyTable("foreign", "elsewhere too", {one.key: Entry(one, 1e-5) for one in layers})
+        assert exchange.take(session, devices.get(session, "foreign"), whole.to_json())[1]
+    assert submit(client, constraints=[bound]).status_code == 202
+
+
+def test_a_revoked_key_hears_no_more_of_a_job(client: TestClient) -> None:
+    job_id = submit(client).json()["id"]
+    with transaction() as session:
+        key, secret = keys.create_key(session, "reader", ["read"])
+        prefix = key.prefix
+    assert _news(job_id, 0, f"Bearer {secret}")[0]
+    with transaction() as session:
+        keys.revoke_key(session, prefix)
+    assert _news(job_id, 0, f"Bearer {secret}") == ([], True)
 
 
 def test_too_few_images_are_refused_before_a_worker_begins(client: TestClient) -> None:
