@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import product
+from statistics import mean
 
 import numpy as np
 
@@ -49,6 +50,7 @@ class Family:
         self._pairs: dict[int, list[Cell]] = {}
         self._outputs: dict[Cell, list[int]] = {}
         self._all_outputs: list[int] | None = None
+        self._errors: list[float] | None = None
 
     def add(self, point: Cell, seconds: float) -> None:
         """Take a measured point; a second measurement of one replaces the first."""
@@ -86,16 +88,45 @@ class Family:
             self._aligned = alignments_of(self.points)
         return self._aligned
 
+    @property
+    def error(self) -> float | None:
+        """About the share by which interpolated points are off; None where no measured point lies between two others.
+
+        It is the mean by which measured points are off the lines between those beside them that the kernel treats
+        alike, along inputs and along outputs together: rather too much, since these lines are twice as long.
+        """
+        if self._errors is None:
+            self._errors = [mean(off) for off in self._off_lines() if off]
+        return sum(self._errors) if self._errors else None
+
+    def _off_lines(self) -> list[list[float]]:
+        """Shares by which points are off, in either direction."""
+        if len(diagonal := self._diagonal()) == len(self.points):
+            alignment, points = self._alignment(), [(width, self.points[width, width]) for width in diagonal]
+            halves = ([one for one in points if (one[0] % alignment == 0) is aligned] for aligned in (True, False))
+            return [[off for half in halves for off in _off_line(half)]]
+        found: list[list[float]] = [[], []]
+        for family in self._alike_ones() or [self]:
+            for axis, off in enumerate(found):
+                lines = defaultdict[int, list[tuple[int, float]]](list)
+                for point, seconds in family.points.items():
+                    lines[point[1 - axis]].append((point[axis], seconds))
+                off += (share for line in lines.values() for share in _off_line(sorted(line)))
+        return found
+
     def _alike(self, c_in: int, c_out: int) -> "Family | None":
         """The points that are, or are not, aligned as this one is; None where no widths differ in that."""
-        if self.alignments == (1, 1):
-            return None
-        if not self._classes:
+        self._alike_ones()
+        return self._classes.get(self._class(c_in, c_out)) if self._classes else None
+
+    def _alike_ones(self) -> "list[Family]":
+        """The points of each kind; none where no widths differ in that."""
+        if self.alignments != (1, 1) and not self._classes:
             classes = defaultdict[tuple[bool, bool], Family](Family)
             for point, seconds in self.points.items():
                 classes[self._class(*point)]._set(point, seconds)
             self._classes = dict(classes)
-        return self._classes.get(self._class(c_in, c_out))
+        return list(self._classes.values())
 
     def _class(self, c_in: int, c_out: int) -> tuple[bool, bool]:
         by_input, by_output = self.alignments
@@ -202,6 +233,14 @@ def _bracket(values: list[int], value: int) -> Cell | None:
     if values[at] == value:
         return value, value
     return (values[at - 1], values[at]) if at else None
+
+
+def _off_line(line: list[tuple[int, float]]) -> list[float]:
+    """Shares by which sorted points (width, seconds) are off the lines between their neighbours."""
+    return [
+        abs(_linear(width, low, high, at_low, at_high) / seconds - 1)
+        for (low, at_low), (width, seconds), (high, at_high) in zip(line, line[1:], line[2:], strict=False)
+    ]
 
 
 def _linear(x: int, low: int, high: int, at_low: float, at_high: float) -> float:

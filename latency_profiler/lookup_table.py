@@ -131,6 +131,16 @@ class LatencyTable:
                 return LayerPrice(layer, interpolated, True)
         raise MissingLatencies([layer.key])
 
+    def error(self, layer: Layer) -> float | None:
+        """About the share by which a layer's price is off because it is interpolated.
+
+        0 where it was measured, None where too few of its family were to tell.
+        """
+        family = self._families.get(layer.family)
+        if family is None or (layer.c_in, layer.c_out) in family.points:
+            return None if family is None else 0.0
+        return family.error
+
     def alignments(self, family: str) -> Cell:
         """Numbers of which inputs and outputs are multiples in a family's fast layers; 1 where no number is seen."""
         return self._families[family].alignments if family in self._families else (1, 1)

@@ -15,6 +15,9 @@ def quote(
 ) -> dict[str, Any]:
     """Costs of a structure; with a table also its latency, and each layer's milliseconds and share of their sum.
 
+    Interpolated layers have an error, about the share by which they are off (None where nothing tells), and so has the
+    sum: as if all were off to the same side.
+
     The answer's encoding is the given one, else the canonical one; None for widths that are no choices of the space.
 
     Raises:
@@ -61,6 +64,7 @@ def _latency(
             "latency_ms": layer.seconds * 1000,
             "share": layer.seconds / total if total else 0.0,
             "interpolated": layer.interpolated,
+            "error": table.error(layer.layer),
         }
         for layer in price.layers
     ]
@@ -69,5 +73,12 @@ def _latency(
         "latency_ms": price.seconds * 1000,
         "overhead_ms": price.overhead * 1000,
         "interpolated": price.interpolated,
+        "interpolation_error": _error(latencies),
         "layers": [layer | latency for layer, latency in zip(layers, latencies, strict=True)],
     }
+
+
+def _error(layers: Sequence[dict[str, Any]]) -> float | None:
+    """The share by which the layers' sum is off if all are off to the same side; None where one's error is unknown."""
+    errors = [layer["error"] * layer["share"] for layer in layers if layer["error"] is not None]
+    return sum(errors) if len(errors) == len(layers) else None

@@ -109,6 +109,8 @@ class LayerPrice(BaseModel):
     latency_ms: dict[str, float] = {}
     share: dict[str, float] = {}
     interpolated: dict[str, bool] = {}
+    error: dict[str, float | None] = {}
+    """About the share by which interpolation is off; null where too few layers were measured to tell."""
 
 
 class PriceQuote(BaseModel):
@@ -127,6 +129,8 @@ class PriceQuote(BaseModel):
     latency_ms: dict[str, float] = {}
     overhead_ms: dict[str, float] = {}
     interpolated: dict[str, int] = {}
+    interpolation_error: dict[str, float | None] = {}
+    """About the share of the layers' sum by which interpolation is off, if all are off to the same side."""
 
 
 @router.get("")
@@ -178,10 +182,10 @@ def _add_latency(
     with snapshot() as session:
         table = measurements.pricing_table(session, device, space, statistic)
     priced = quote(space, channels, table)
-    for name in ("latency_ms", "overhead_ms", "interpolated"):
+    for name in ("latency_ms", "overhead_ms", "interpolated", "interpolation_error"):
         answer.setdefault(name, {})[device] = priced[name]
     for layer, figures in zip(answer["layers"], priced["layers"], strict=True):
-        for name in ("latency_ms", "share", "interpolated"):
+        for name in ("latency_ms", "share", "interpolated", "error"):
             layer.setdefault(name, {})[device] = figures[name]
 
 

@@ -260,6 +260,13 @@ def show_datasets(console: Console, datasets: Sequence[Row]) -> None:
     show(console, ["dataset", "classes", "image size", "training images", "test images"], rows)
 
 
+def _interpolated(layer: Row) -> str:
+    """Nothing for a measured layer; about how far an interpolated one is off."""
+    if not layer["interpolated"]:
+        return ""
+    return "yes" if layer.get("error") is None else f"± {percent(layer['error'])}"
+
+
 def show_price(console: Console, price: Row) -> None:
     """A structure's costs, layer by layer."""
     priced = "latency_ms" in price
@@ -267,7 +274,7 @@ def show_price(console: Console, price: Row) -> None:
         [
             layer["name"], layer["c_in"], layer["c_out"], layer["size"],
             count(layer["flops"]), count(layer["parameters"]),
-            *([f"{layer['latency_ms']:.4f}", percent(layer["share"]), layer["interpolated"]] if priced else []),
+            *([f"{layer['latency_ms']:.4f}", percent(layer["share"]), _interpolated(layer)] if priced else []),
         ]
         for layer in price["layers"]
     ]  # fmt: skip

@@ -241,3 +241,40 @@ def test_what_was_fitted_holds_for_the_same_networks_whether_their_last_layer_is
     assert prices.price(other, other.channels(other.largest)).seconds == pytest.approx(1e-3 + plain), (
         "its own comes first"
     )
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_interpolated_layers_say_how_far_they_are_off(alignment: int) -> None:
+    """On a curved surface, with steps that must not count as errors, as much as they are, and not three times it."""
+
+    def seconds_at(layer: Layer) -> float:
+        step = 1.0 if layer.c_out % alignment == 0 else 3.0
+        return step * 1e-6 * (layer.c_in + 5) ** 0.5 * (layer.c_out + 9) ** 0.7
+
+    widths = [2, 5, 8, 13, 16, 27, 32, 45, 48, 61, 64]
+    prices = LatencyTable("bench", "f")
+    for c_in, c_out in product(widths, widths):
+        layer = replace(CONV, c_in=c_in, c_out=c_out)
+        prices.add(Entry(layer, seconds_at(layer)))
+    between = [replace(CONV, c_in=c_in, c_out=c_out) for c_in, c_out in product(range(3, 64, 3), range(9, 60, 4))]
+    between = [layer for layer in between if layer.key not in prices.entries]
+    off = [abs(prices.layer(layer).seconds / seconds_at(layer) - 1) for layer in between]
+    [error] = {prices.error(layer) for layer in between}
+    assert error is not None
+    assert np.mean(off) < error < 10 * np.mean(off)
+    assert prices.error(replace(CONV, c_in=2, c_out=5)) == 0.0
+    assert prices.error(replace(CONV, c_in=2, c_out=5, size=99)) is None
+
+
+def test_layers_of_one_width_say_it_too_and_few_points_say_nothing() -> None:
+    depthwise = Layer(Op.DEPTHWISE, 8, 8, 8, 3, 1, 1, Activation.RELU, norm=True)
+    prices = LatencyTable("bench", "f")
+    for width in (8, 16, 32):
+        assert prices.error(depthwise) == (0.0 if prices.entries else None)
+        layer = replace(depthwise, c_in=width, c_out=width)
+        prices.add(Entry(layer, 1e-6 * width**2))
+    between = replace(depthwise, c_in=24, c_out=24)
+    assert prices.error(between) == pytest.approx((8**2 + (32**2 - 8**2) / 3) / 16**2 - 1)
+    lone = LatencyTable("bench", "f", dict(list(prices.entries.items())[1:]))
+    assert lone.layer(between).interpolated
+    assert lone.error(between) is None

@@ -57,6 +57,9 @@ def test_a_price_is_the_command_lines_price(client: TestClient) -> None:
         assert answer["latency_ms"][name] == pytest.approx(alone["latency_ms"])
         assert answer["interpolated"][name] == sum(layer["interpolated"][name] for layer in answer["layers"]) > 0
         assert sum(layer["share"][name] for layer in answer["layers"]) == pytest.approx(1)
+        errors = [layer["error"][name] for layer in answer["layers"] if layer["interpolated"][name]]
+        assert max(error for error in errors if error is not None) > 0.1, "of random numbers"
+        assert answer["interpolation_error"][name] == alone["interpolation_error"]
     for field in ("space", "channels", "flops", "parameters"):
         assert answer[field] == quote(space, channels)[field]
     assert sum(layer["flops"] for layer in answer["layers"]) == answer["flops"]
