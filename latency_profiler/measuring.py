@@ -12,6 +12,7 @@ that networks are visited more often. Canaries, which watch that speed, count as
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -269,9 +270,15 @@ def _result(
 
 
 def _figures(whole: Timing, rest: Timing | None, about: Json) -> Json:
-    """What was measured; the seconds of `rest` are not the item's own."""
+    """What was measured; the seconds of `rest` are not the item's own.
+
+    The range of a difference is that of both together; what is steady is the run of which a layer is a part.
+    """
     facts = asdict(whole)
     own = facts.pop("median") - (0.0 if rest is None else rest.median)
+    facts["iqr"] = math.hypot(whole.iqr, 0.0 if rest is None else rest.iqr)
+    if rest is not None:
+        about = {**about, "rest_values": [round(value, DIGITS) for value in rest.values]}
     return {
         "seconds": max(own, LEAST_SECONDS),
         "iqr": facts.pop("iqr"),

@@ -94,7 +94,12 @@ def test_a_layers_seconds_are_the_difference_that_it_makes() -> None:
     for runtime, expected in ((Reordering, layer), (Alone, layer + 2e-5)):
         (result,) = measure_work(runtime(Settings()), [item], np.random.default_rng(0))
         assert result["seconds"] == pytest.approx(expected, abs=pools)
-        assert result["conditions"]["rest"] is not None
+        rest = result["conditions"]["rest_values"]
+        assert result["conditions"]["rest"] == pytest.approx(np.median(rest), abs=1e-9)
+        raw = np.median(result["values"]) - np.median(rest)
+        assert result["seconds"] == pytest.approx(raw, abs=1e-8), "what is stored follows from the raw values"
+        spread = [float(np.subtract(*np.percentile(values, (75, 25)))) for values in (result["values"], rest)]
+        assert result["iqr"] == pytest.approx(np.hypot(*spread), abs=1e-8)
 
 
 def test_a_frame_that_cannot_be_loaded_is_a_failed_measurement() -> None:
