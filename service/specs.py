@@ -56,14 +56,6 @@ class TrainingSpec(DescentSpec):
     """How the PruningNet is trained. `band` limits sampled structures to these shares of the budget's FLOPs."""
 
     band: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=100)]] | None = None
-
-    @field_validator("band")
-    @classmethod
-    def _wide_enough(cls, band: tuple[float, float] | None) -> tuple[float, float] | None:
-        if band is not None and band[1] < NARROWEST * band[0]:
-            raise ValueError(f"too narrow to hold structures; its end must be {NARROWEST} times its beginning or more")
-        return band
-
     normalise: bool | None = None
     """Scale generated weights to one deviation; not in the publication."""
     weights: Literal["generated", "shared"] = "generated"
@@ -72,6 +64,13 @@ class TrainingSpec(DescentSpec):
     """Share of the training over which sampled structures widen from nearly uniform widths to the whole space."""
     validation_images: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Images split from the training set to judge candidates on; at most a fifth of it."""
+
+    @field_validator("band")
+    @classmethod
+    def _wide_enough(cls, band: tuple[float, float] | None) -> tuple[float, float] | None:
+        if band is not None and band[1] < NARROWEST * band[0]:
+            raise ValueError(f"too narrow to hold structures; its end must be {NARROWEST} times its beginning or more")
+        return band
 
 
 class SearchSpec(Model):

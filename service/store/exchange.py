@@ -133,5 +133,6 @@ def batch(session: Session, device: Device) -> int:
     """Images of a run on a device: those of all seconds in its current table."""
     fingerprint = measurements.current_fingerprint(session, device)
     facts = fingerprint.facts if fingerprint else {}
-    found = facts.get("facts", facts).get("batch")
+    told = facts.get("facts") if facts.get("imported") else facts
+    found = told.get("batch") if isinstance(told, dict) else None
     return found if isinstance(found, int) and found > 0 else 1

@@ -189,16 +189,22 @@ def test_what_a_job_needs_is_hurried_also_where_another_profile_has_planned_it(w
     assert {priority for _, priority in rows} == {1}
 
 
-def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
-    world: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench, late = Bench(), later(monkeypatch, "profiling")
+def sounded(bench: Bench) -> tuple[str, Context]:
+    """A job that has asked its device for the networks that correct its prices."""
     bench.measure()
     job_id = submit(latency_bound(0.5))
     context = Context(take(job_id), get_settings(), Console())
     while not read(job_id).memory.get("sounded"):
         if advance(context, read(job_id)).wait is not None:
             bench.measure()
+    return job_id, context
+
+
+def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, late = Bench(), later(monkeypatch, "profiling")
+    job_id, context = sounded(bench)
     assert [advance(context, read(job_id)).wait for _ in range(2)] == [60.0, 60.0]
     late["clock"] = 121.0
     margins = read(job_id).memory["margins"]
@@ -211,12 +217,7 @@ def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
 def test_networks_of_a_slow_device_are_waited_for_longer_while_it_is_there(world: None) -> None:
     """A network of a tenth of a second takes a minute in three visits."""
     bench = Bench()
-    bench.measure()
-    job_id = submit(latency_bound(0.5))
-    context = Context(take(job_id), get_settings(), Console())
-    while not read(job_id).memory.get("sounded"):
-        if advance(context, read(job_id)).wait is not None:
-            bench.measure()
+    job_id, context = sounded(bench)
     memory, networks = read(job_id).memory, [SPACE.channels(SPACE.smallest), SPACE.channels(SPACE.largest)]
     assert measuring.patience(context, memory, networks) == measuring.LEAST_PATIENCE
     slow = memory | {"corrections": {"bench": 1e5}}
