@@ -5,6 +5,7 @@ machine run as children of one small parent. The parent holds a lock on the home
 and takes all of them along when it ends, however it ends: on Linux the kernel kills a child whose parent is gone.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -183,7 +184,7 @@ class Up:
         while (reason := self._port_taken()) and time.monotonic() < deadline:
             time.sleep(0.1)
         if reason:
-            raise UpError(f"cannot listen on {self.host}:{self.port} ({reason}); choose another port with --port")
+            raise UpError(f"cannot listen on {self.host}:{self.port} ({reason})")
 
     def _port_taken(self) -> str | None:
         with socket.socket() as probe:
@@ -191,7 +192,9 @@ class Up:
             try:
                 probe.bind((self.host, self.port))
             except OSError as error:
-                return error.strerror or str(error)
+                elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+                advice = "give an IPv4 address of this machine as --host" if elsewhere else "choose another --port"
+                return f"{error.strerror or error}: {advice}"
         return None
 
     def _environment(self) -> dict[str, str]:
