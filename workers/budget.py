@@ -18,8 +18,9 @@ from latency_profiler.spaces.space import CHOICES, Space
 from workers.sampling import Genes, fill, least_choices, numpy_generator, repair, sample
 
 Floats = npt.NDArray[np.float64]
-UNIFORM = 4096
-"""Encodings of uniform genes among which feasible ones are looked for."""
+UNIFORM, UNIFORM_ROUNDS = 4096, 16
+"""Encodings of uniform genes among which feasible ones are looked for at a time, and how often; the publication does so
+until it has enough, and never ends where there are none."""
 PUBLISHED_CHOICES = {"resnet50": (12, 24)}
 """Where uniform genes are not from all choices: from the first up to, and without, the second (the authors' code)."""
 ROUNDS, DRAWN = 30, 64
@@ -111,18 +112,27 @@ class Budget:
         Of equal widths they are always the same encoding, unless genes are drawn uniformly: those stay as drawn, since
         a PruningNet generates other weights for another gene.
         """
-        if self._uniform:
-            among = PUBLISHED_CHOICES.get(self.space.name, (0, CHOICES))
-            drawn = rng.integers(*among, (UNIFORM, len(self.space.genes)), dtype=np.int64)
-            if len(kept := drawn[self.feasible(drawn)]) >= count:
-                return kept[:count]
+        uniform = self._drawn_uniformly(count if self._uniform else 0, rng)
+        if len(uniform) == count:
+            return uniform
         drawn = sample(
-            self.tightness, *self._band, self.space.depths, count, rng,
+            self.tightness, *self._band, self.space.depths, count - len(uniform), rng,
             mend=(lambda genes: self._filled(genes, rng)) if self._fills else None,
             least=self._floor, narrowest=self._narrowest,
         )  # fmt: skip
         drawn = self._canonical(drawn)
-        return drawn[self.feasible(drawn)] if len(drawn) else drawn
+        return np.concatenate([uniform, drawn[self.feasible(drawn)] if len(drawn) else drawn])
+
+    def _drawn_uniformly(self, count: int, rng: np.random.Generator) -> Genes:
+        """Up to `count` feasible encodings of uniform genes, as they were drawn; fewer where few are feasible."""
+        among = PUBLISHED_CHOICES.get(self.space.name, (0, CHOICES))
+        found = np.empty((0, len(self.space.genes)), dtype=np.int64)
+        for _ in range(UNIFORM_ROUNDS):
+            if len(found) >= count:
+                break
+            drawn = rng.integers(*among, (UNIFORM, len(self.space.genes)), dtype=np.int64)
+            found = np.concatenate([found, drawn[self.feasible(drawn)]])
+        return found[:count]
 
     def empty(self, seed: int) -> bool:
         """Whether no feasible structure is found, drawn (a third as often as a search tries to) or enumerated.

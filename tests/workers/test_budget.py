@@ -75,6 +75,12 @@ def test_published_candidates_have_uniform_genes_where_such_are_feasible() -> No
     assert len(set(found[:, 0].tolist())) > len(set(SPACE.choices[0])), "also those that give equal widths"
     tight = Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 30)], {}, {}, fills=False)
     assert len(tight.sample(20, numpy_generator(5, "uniform"))) == 20, "as others are drawn"
+    scarce = Budget(SPACE, [Constraint(Metric.FLOPS, FULL / 9)], {}, {}, fills=False)
+    uniform = scarce._drawn_uniformly(200, numpy_generator(5, "uniform"))
+    found = scarce.sample(200, numpy_generator(5, "uniform"))
+    assert 10 < len(uniform) < 100
+    assert found[: len(uniform)].tolist() == uniform.tolist(), "those that there are come first"
+    assert int(scarce.feasible(found).sum()) == 200
 
 
 def test_published_genes_of_resnet50_are_drawn_from_the_middle() -> None:
