@@ -256,9 +256,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """`paper` is MetaPruning's published schedule for MobileNetV1, and `PUBLISHED` what differs for the others.
 
 Not as published are the augmentation (shifts and mirrors, not resized crops and changes of light) and the attempts: up
-to 100 litters of mutants and of children instead of 10, unless 20 in a row bear nothing, and 65,536 random draws, beyond
-which candidates are drawn as in the other efforts. Batch norms are measured anew by cumulative averages over plain
-images, not by moving ones over augmented ones. One finalist is to take the PruningNet's word.
+to 100 litters of mutants and of children instead of 10, unless 20 in a row bear nothing, and 65,536 random draws, what
+these lack being drawn as in the other efforts. Batch norms are measured anew by cumulative averages over plain images,
+not by moving ones over augmented ones. One finalist is to take the PruningNet's word.
 """
 STEPS = {"schedule": "steps", "weight_decay": 1e-4}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
