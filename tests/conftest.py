@@ -33,6 +33,15 @@ POSTGRES = os.environ.get("SECATEURS_TEST_POSTGRES", "postgresql://postgres@127.
 REQUIRED = os.environ.get("SECATEURS_TEST_REQUIRE_SERVERS") == "1"
 
 
+SLOWEST = ("test_supervisor", "test_job_", "test_up", "test_hostile", "test_scoring", "test_percentile_jobs")
+"""Files that take minutes: begun last, one of them would keep one process busy while the others have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first."""
+    items.sort(key=lambda item: not item.path.name.startswith(SLOWEST))
+
+
 def forget() -> None:
     """Close the engine and forget the settings of the test before."""
     if get_engine.cache_info().currsize:

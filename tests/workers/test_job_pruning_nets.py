@@ -24,6 +24,9 @@ from workers.steps.context import Context
 from workers.steps.recipe import recipe
 from workers.training import TrainingSettings
 
+pytestmark = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+"""What is decided here asks no database in a way of its own; lives of jobs are tried on both."""
+
 
 def test_the_next_job_reuses_the_pruning_net_and_only_searches(world: None) -> None:
     first = run(submit(flops_bound(0.4)))
@@ -211,7 +214,6 @@ def test_a_job_that_kills_its_runner_before_a_step_ends_is_charged_for_it(world:
         assert (read(job_id).state, read(job_id).attempts) == (JobState.TRAINING, attempts)
 
 
-@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # what is tested here is the same on both kinds
 @pytest.mark.parametrize("kept", [
     lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()},
     lambda tensors: dict(list(tensors.items())[1:]),
