@@ -98,8 +98,10 @@ def _requests(request: Json, random: bool) -> list[Json]:
 
 
 def _stored(name: str) -> Json:
+    """Seed → what a cell's file has of it."""
     path = RESULTS / f"gain_{name}.json"
-    return json.loads(path.read_text())["seeds"] if path.exists() else {}  # type: ignore[no-any-return]
+    seeds: Json = json.loads(path.read_text())["seeds"] if path.exists() else {}
+    return seeds
 
 
 def _is_there(name: str, request: Json, random: bool) -> bool:

@@ -106,7 +106,7 @@ class Family:
             halves = ([one for one in points if (one[0] % alignment == 0) is aligned] for aligned in (True, False))
             return [[off for half in halves for off in _off_line(half)]]
         found: list[list[float]] = [[], []]
-        for family in self._alike_ones() or [self]:
+        for family in self._kinds().values() or [self]:
             for axis, off in enumerate(found):
                 lines = defaultdict[int, list[tuple[int, float]]](list)
                 for point, seconds in family.points.items():
@@ -116,17 +116,17 @@ class Family:
 
     def _alike(self, c_in: int, c_out: int) -> "Family | None":
         """The points that are, or are not, aligned as this one is; None where no widths differ in that."""
-        self._alike_ones()
-        return self._classes.get(self._class(c_in, c_out)) if self._classes else None
+        kinds = self._kinds()
+        return kinds.get(self._class(c_in, c_out)) if kinds else None
 
-    def _alike_ones(self) -> "list[Family]":
-        """The points of each kind; none where no widths differ in that."""
+    def _kinds(self) -> "dict[tuple[bool, bool], Family]":
+        """The points by whether they are aligned; nothing where no widths differ in that."""
         if self.alignments != (1, 1) and not self._classes:
             classes = defaultdict[tuple[bool, bool], Family](Family)
             for point, seconds in self.points.items():
                 classes[self._class(*point)]._set(point, seconds)
             self._classes = dict(classes)
-        return list(self._classes.values())
+        return self._classes
 
     def _class(self, c_in: int, c_out: int) -> tuple[bool, bool]:
         by_input, by_output = self.alignments

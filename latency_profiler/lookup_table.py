@@ -137,9 +137,9 @@ class LatencyTable:
         0 where it was measured, None where too few of its family were to tell.
         """
         family = self._families.get(layer.family)
-        if family is None or (layer.c_in, layer.c_out) in family.points:
-            return None if family is None else 0.0
-        return family.error
+        if family is None:
+            return None
+        return 0.0 if (layer.c_in, layer.c_out) in family.points else family.error
 
     def alignments(self, family: str) -> Cell:
         """Numbers of which inputs and outputs are multiples in a family's fast layers; 1 where no number is seen."""

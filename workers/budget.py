@@ -8,6 +8,7 @@ prediction; tables, corrections and seconds go by the name of a latency (`latenc
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -210,12 +211,20 @@ class Budget:
         Where none is within them, the smallest.
         """
         if self.timed:  # a wider one may be faster
-            wanted = reversed(self._shares_of(TIMED_SHARES))
-            return next((one for one in wanted if self._within(one, of)), self.space.uniform(SMALLEST_SHARE))
+            networks, used = self._timed_uniforms
+            fast = np.flatnonzero(used <= of)
+            return networks[fast[-1]] if len(fast) else self.space.uniform(SMALLEST_SHARE)
         shares = {width / slot.base for slot in self.space.slots for width in range(1, slot.base + 1)}
         networks = self._shares_of(shares | {SMALLEST_SHARE})
         at = bisect_left(networks, True, key=lambda one: not self._within(one, of))
         return networks[max(0, at - 1)]
+
+    @cached_property
+    def _timed_uniforms(self) -> tuple[list[tuple[int, ...]], Floats]:
+        """Uniform networks from the smallest to the largest, and what share of the upper bounds each uses."""
+        networks = self._shares_of(TIMED_SHARES)
+        costs = self._priced(np.array(networks, dtype=np.int64), {bound.latency for bound in self.constraints})
+        return networks, _tightest(costs, self.constraints)
 
     def _shares_of(self, shares: Iterable[float]) -> list[tuple[int, ...]]:
         """The uniform networks of some shares, from the smallest to the largest."""

@@ -12,6 +12,7 @@ from latency_profiler.cost import layer_flops
 from latency_profiler.lookup_table import Entry, Fit, LatencyTable
 from latency_profiler.planning import plan_layers
 from latency_profiler.spaces.registry import get_space
+from latency_profiler.spaces.space import other_last
 from service import reconciler
 from service.specs import JobRequest
 from service.store import agents, candidates, datasets, devices, exchange, jobs, measurements, repricing
@@ -107,6 +108,12 @@ def test_only_what_changed_is_priced_again(database: str) -> None:
         exchange.take(session, session.get_one(Device, second), replace(table(2.0), fits={SPACE.key: line}).to_json())
     with snapshot() as session:
         assert [one.device_id for one in repricing.due(session)] == [second]
+    reprice()
+    with transaction() as session:
+        other = replace(table(), fits={other_last(SPACE.key): FIT})
+        exchange.take(session, session.get_one(Device, first), other.to_json())
+    with snapshot() as session:
+        assert [one.device_id for one in repricing.due(session)] == [first], "what holds for the same networks"
     reprice()
     assert latencies(first) == expected(table())
     assert latencies(second) == expected(replace(table(2.0), fits={SPACE.key: line}))

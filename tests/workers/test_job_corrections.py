@@ -152,6 +152,29 @@ def test_the_baseline_is_the_widest_uniform_network_that_holds_the_budget_when_i
     assert job.result["uniform"]["measured_ms"]["bench"] <= latency_bound(0.5)["max_ms"]
 
 
+class Slow(Bench):
+    """Answers no more than the eight checks that it is asked for first."""
+
+    def _taken(self, works: Sequence[Work]) -> Sequence[Work]:
+        checks = [work for work in works if work.payload.get("purpose", "").startswith("check")]
+        return [work for work in works if work not in checks[8:]]
+
+
+def test_the_baseline_is_waited_for_as_long_as_the_winner(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, late, job_id = Slow(), later(monkeypatch, "searching"), submit(latency_bound(0.5), search=SHORT)
+    context = Context(take(job_id), get_settings(), Console())
+    while not read(job_id).memory.get("since") or read(job_id).state is not JobState.SEARCHING:
+        if advance(context, read(job_id)).wait is not None:
+            bench.measure()
+    assert advance(context, read(job_id)).wait is not None, "the winner is measured, no uniform network is"
+    late["clock"] = 121.0
+    assert advance(context, read(job_id)).wait is None
+    job = read(job_id)
+    [uniform] = [trial for trial in job.memory["queue"] if trial["role"] == "uniform"]
+    assert (job.state, job.warnings) == (JobState.RETRAINING, [])
+    assert tuple(uniform["channels"]) == context.search_budget(job.memory).uniform()
+
+
 def test_a_broken_budget_that_nothing_refutes_stands(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(lambda purpose: 1.3 if purpose.startswith("verify") else 1.0)
     late, job_id = later(monkeypatch, "verifying"), submit(latency_bound(0.5), search=SHORT)

@@ -1,7 +1,5 @@
 """What whole jobs search by within milliseconds: tables that are filled first, and prices that soundings correct."""
 
-from dataclasses import replace
-
 import pytest
 from sqlalchemy import select, update
 
@@ -211,23 +209,21 @@ def test_a_job_searches_on_the_table_alone_where_nothing_is_sounded_in_time(
     assert advance(context, read(job_id)).wait is None
     job = read(job_id)
     assert (job.state, job.memory["corrections"], job.memory["margins"]) == (JobState.TRAINING, {}, margins)
-    assert "not all devices measured 12 networks in 120 s" in job.warnings[-1]
+    assert job.warnings[-1].startswith("bench did not measure all of 12 networks in 120 s: ")
 
 
 def test_networks_of_a_slow_device_are_waited_for_longer_while_it_is_there(world: None) -> None:
     """A network of a tenth of a second takes a minute in three visits."""
     bench = Bench()
     job_id, context = sounded(bench)
-    memory, networks = read(job_id).memory, [SPACE.channels(SPACE.smallest), SPACE.channels(SPACE.largest)]
-    assert measuring.patience(context, memory, networks) == measuring.LEAST_PATIENCE
-    slow = memory | {"corrections": {"bench": 1e5}}
-    seconds = sum(context.budget_of(memory).predict(channels)["bench"] for channels in networks)
-    wider = [replace(bound, maximum=1e5 * bound.maximum) for bound in context.constraints]
-    context.__dict__["constraints"] = wider
-    assert measuring.patience(context, slow, networks) == pytest.approx(1e5 * measuring.RUNS * seconds)
+    job, networks = read(job_id), [SPACE.channels(SPACE.smallest), SPACE.channels(SPACE.largest)]
+    assert measuring.patience(context, job, networks) == measuring.LEAST_PATIENCE
+    seconds = sum(context.predict(job, channels)["bench"] for channels in networks)
+    job.memory = job.memory | {"corrections": {"bench": 1e5}}  # by which no structure holds the budget any more
+    assert measuring.patience(context, job, networks) == pytest.approx(1e5 * measuring.RUNS * seconds)
     with transaction() as session:
         session.execute(update(Device).values(beat_at=Device.beat_at - 1000))
-    assert measuring.patience(context, slow, networks) == measuring.LEAST_PATIENCE
+    assert measuring.patience(context, job, networks) == measuring.LEAST_PATIENCE
 
 
 def test_an_impossible_latency_is_refused_once_the_table_is_there(world: None) -> None:

@@ -22,12 +22,10 @@ SHY_ROUNDS = 2
 """In so many of them a winner that leaves budget unused is a reason to search on."""
 SAFETY = 1.005
 """A corrected prediction lies this much above the measurement that corrected it."""
-
-
 LEAST_PATIENCE = 120.0
 """Seconds for which networks are waited for that a search can do without, or more where they take longer."""
-RUNS = 300
-"""Of one network in three visits: some fifty each, and as much again for loading and for what others measure."""
+RUNS = 1000
+"""Of one network in three visits, at most: a percentile takes 101 values of a slow one, each after two more runs."""
 
 
 class BudgetBroken(SecateursError):
@@ -46,15 +44,14 @@ class BudgetBroken(SecateursError):
         )
 
 
-def patience(context: Context, memory: dict[str, Any], networks: Collection[Sequence[int]]) -> float:
+def patience(context: Context, job: Job, networks: Collection[Sequence[int]]) -> float:
     """Seconds for which networks of these channels are waited for: as long as devices that are there need for them."""
     names = {split_latency(name)[0] for name in context.constrained}
     with snapshot() as session:
         if not names or not all(devices.alive(session, devices.get(session, name)) for name in names):
             return LEAST_PATIENCE
-    budget = context.budget_of(memory)
-    seconds = sum(max(budget.predict(channels, context.constrained).values()) for channels in networks)
-    return max(LEAST_PATIENCE, RUNS * seconds)
+    prices = [context.predict(job, channels) for channels in networks]
+    return max(LEAST_PATIENCE, RUNS * sum(max(price[name] for name in context.constrained) for price in prices))
 
 
 def look(

@@ -115,7 +115,7 @@ def _sound(context: Context, job: Job) -> Outcome:
     """Correct prices by what the drawn networks take, and go on."""
     memory = dict(job.memory)
     networks, found = {context.space.digest(channels): channels for channels in memory["sounded"]}, {}
-    patience = measuring.patience(context, memory, networks.values())
+    patience = measuring.patience(context, job, networks.values())
     with transaction() as session:
         with suppress(MeasurementFailed):  # the search can do without them
             found = measuring.tried(session, context, f"sound-{job.id}", networks)
@@ -135,8 +135,8 @@ def _sound(context: Context, job: Job) -> Outcome:
     }  # fmt: skip
     _, warnings = _budget(context, memory) if sounded else (None, [])
     if lacking:
-        warnings = [*warnings, f"not all devices measured {len(networks)} networks in {patience:.0f} s; prices of the "
-                    "search are corrected by what they measured, or not at all"]  # fmt: skip
+        asked = f"{', '.join(context.constrained)} did not measure all of {len(networks)} networks in {patience:.0f} s"
+        warnings = [*warnings, f"{asked}: prices are corrected by what was measured, or not at all"]
     return _go_on(context, job, memory, warnings, verdicts, sounded)
 
 

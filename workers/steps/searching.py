@@ -122,16 +122,17 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
         raise measuring.BudgetBroken(job.memory["figures"]) if job.memory.get("figures") else NothingFeasible()
     memory = dict(job.memory)
     uniforms = _uniform_networks(context, job, search)
-    patience = measuring.patience(context, memory, listed.values())
+    patience = measuring.patience(context, job, [*listed.values(), *uniforms.values()])
     with transaction() as session:
         moment = clock(session)
         found = measuring.tried(session, context, measuring.purpose(job, "check"), listed)
-        fast = _fast(session, context, job, uniforms)
+        beside = _measured_beside(session, context, job, uniforms)
         if not memory.get("since"):
             memory["since"] = moment
             jobs.save_step(session, context.claim, memory=memory)
         whole = _whole(context, found)
-        if len(whole) < len(found) and moment - memory["since"] < patience:
+        lacking = len(whole) < len(found) or len(_whole(context, beside)) < len(beside)
+        if lacking and moment - memory["since"] < patience:
             return FOR_DEVICE
         if not whole and memory.get("again"):  # what was doubted stands where nothing refutes it
             found = measuring.tried(session, context, measuring.purpose(job, "check", False), listed)
@@ -144,12 +145,12 @@ def _hand_on(context: Context, job: Job, search: Evolution) -> Outcome:
             return MOVED
         over = {name: maximum for allowed in broken.values() for name, maximum in allowed.items()}
         return search_on(context, job, networks, over)
-    unmeasured = f"{', '.join(context.constrained)} measured none of the search's best structures in {patience:.0f} s"
-    warnings = [] if held else [f"{unmeasured}: what is retrained may break the budget"]
+    warnings = [] if held else [_unmeasured(context, patience)]
     held = held or list(found)
     if unused := _unused(context, job, search, networks, found[held[0]]):
         return search_on(context, job, networks, unused, shy=True)
-    refused = {one for one in listed if broken.get(one, True)}
+    refused, noise = {one for one in listed if broken.get(one, True)}, memory.get("noise", {})
+    fast = [uniforms[one] for one in _whole(context, beside) if not measuring.off(context, beside[one], noise=noise)]
     queue = [*turns.others(job, METAPRUNING), *_queue(context, job, search, refused, held, fast)]
     with transaction() as session:
         for warning in warnings:
@@ -172,15 +173,19 @@ def _uniform_networks(context: Context, job: Job, search: Evolution) -> dict[str
     return {context.space.digest(channels): channels for channels in map(budget.uniform, UNIFORM_SHARES)}
 
 
-def _fast(
+def _measured_beside(
     session: Session, context: Context, job: Job, uniforms: Mapping[str, tuple[int, ...]]
-) -> list[tuple[int, ...]]:  # fmt: skip
-    """Those that hold the budget, as far as all devices have measured them; what lacks is asked for."""
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """What uniform networks take, as far as devices have measured them, without those that a device cannot run."""
     with suppress(MeasurementFailed):
-        found = measuring.tried(session, context, measuring.purpose(job, "check"), uniforms)
-        noise = job.memory.get("noise", {})
-        return [uniforms[one] for one in _whole(context, found) if not measuring.off(context, found[one], noise=noise)]
-    return []
+        return measuring.tried(session, context, measuring.purpose(job, "check"), uniforms)
+    return {}
+
+
+def _unmeasured(context: Context, patience: float) -> str:
+    """What a user is told whose devices did not answer."""
+    names = ", ".join(context.constrained)
+    return f"{names} measured none of the search's best structures in {patience:.0f} s; the winner may break the budget"
 
 
 def _shortlist(context: Context, search: Evolution) -> dict[str, tuple[int, ...]]:
