@@ -13,6 +13,7 @@ from latency_profiler.interpolation import Family, alignments_of
 from latency_profiler.layers import Activation, Layer, Op
 from latency_profiler.lookup_table import Entry, Fit, LatencyModel, LatencyTable
 from latency_profiler.planning import plan_layers
+from latency_profiler.quote import quote
 from latency_profiler.spaces.registry import SPACES, get_space
 from latency_profiler.spaces.space import Space
 
@@ -278,3 +279,23 @@ def test_layers_of_one_width_say_it_too_and_few_points_say_nothing() -> None:
     lone = LatencyTable("bench", "f", dict(list(prices.entries.items())[1:]))
     assert lone.layer(between).interpolated
     assert lone.error(between) is None
+
+
+@pytest.mark.parametrize("curved", ["c_in", "c_out"])
+def test_either_width_can_make_interpolation_err(curved: str) -> None:
+    prices = LatencyTable("bench", "f")
+    for c_in, c_out in product((8, 16, 24, 32), repeat=2):
+        layer = replace(CONV, c_in=c_in, c_out=c_out)
+        prices.add(Entry(layer, 1e-6 * (c_in + c_out + getattr(layer, curved) ** 2)))
+    error = prices.error(replace(CONV, c_in=9, c_out=9))
+    assert error is not None
+    assert 0.05 < error < 0.2
+
+
+def test_a_network_is_off_by_the_shares_of_its_layers() -> None:
+    space = get_space("resnet20", 8, 1.0, 10, free_last=True)
+    prices = table(plan_layers(space, 10))
+    priced = quote(space, random_channels(space, 1)[0].tolist(), prices)
+    assert priced["interpolated"]
+    off = sum(layer["share"] * layer["error"] for layer in priced["layers"])
+    assert priced["interpolation_error"] == pytest.approx(off, abs=1e-12)

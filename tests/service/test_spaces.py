@@ -60,6 +60,7 @@ def test_a_price_is_the_command_lines_price(client: TestClient) -> None:
         errors = [layer["error"][name] for layer in answer["layers"] if layer["interpolated"][name]]
         assert max(error for error in errors if error is not None) > 0.1, "of random numbers"
         assert answer["interpolation_error"][name] == alone["interpolation_error"]
+        assert (answer["interpolation_error"][name] is None) is (None in errors)
     for field in ("space", "channels", "flops", "parameters"):
         assert answer[field] == quote(space, channels)[field]
     assert sum(layer["flops"] for layer in answer["layers"]) == answer["flops"]

@@ -105,7 +105,7 @@ def test_files_that_are_lost_or_damaged_are_made_again(world: None, damage: Call
 
 
 def test_a_job_that_loses_the_net_it_searches_with_trains_that_one_again_and_no_other(world: None) -> None:
-    """It took over another job's, whose band is not what its own budget asks for."""
+    """It took over another job's, whose band is not what its own budget asks for; a third job has such a net."""
     first = run(submit(flops_bound(0.4)))
     assert first.result is not None
     undisturbed = run(submit(flops_bound(0.3), name="undisturbed"))
@@ -118,6 +118,9 @@ def test_a_job_that_loses_the_net_it_searches_with_trains_that_one_again_and_no_
         checkpoint = session.get_one(PruningNet, first.result["pruning_net"]).checkpoint
     assert checkpoint is not None
     blobs.blob_path(checkpoint).unlink()
+    third = run(submit(flops_bound(0.3), name="third"))
+    assert third.result is not None
+    assert third.result["pruning_net"] != first.result["pruning_net"]
     disturbed = run(job_id)
     assert disturbed.result is not None
     assert disturbed.result["pruning_net"] == first.result["pruning_net"]

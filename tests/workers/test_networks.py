@@ -190,7 +190,7 @@ def test_a_pointwise_convolution_of_few_channels_with_a_stride_is_a_matrix_produ
         convolve(replace(layer, c_in=ONEDNN_BLOCK), x, weight)
 
 
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2)])
 def test_a_depthwise_convolution_of_a_tiny_map_is_the_convolution_and_its_gradients(
     size: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +202,7 @@ def test_a_depthwise_convolution_of_a_tiny_map_is_the_convolution_and_its_gradie
     of_wanted = torch.autograd.grad(wanted, inputs, direction)
     with monkeypatch.context() as patched:
         patched.setattr(functional, "conv2d", None)
+        patched.setattr(networks, "TINY_MAP", 4)
         found = convolve(layer, *inputs)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(torch.autograd.grad(found, inputs, direction), of_wanted)
